@@ -47,9 +47,9 @@ def audit_study(
         out: the folder for audit.json, whose content is also returned.
         trials: the number of test units (canaries) that are in their step in the audit of one step.
             As many are not in their step.
-        run: a finished run of the study. The audit then takes the smallest σ and the largest
-            clipping norm of its report, measures the exposure of its adapter too, and writes
-            audit.md to its folder. None: only the plan is audited.
+        run: a finished run of the study. The audit then attacks the plan that ran, takes the
+            smallest σ and the largest clipping norm of its report, measures the exposure of its
+            adapter too, and writes audit.md to its folder. None: only the plan is audited.
         declared_size: a site's size; it matters only if the study gives expected_batch.
 
     This costs no ε: the records are generated, and a released adapter is public.
@@ -62,7 +62,9 @@ def audit_study(
             "a [privacy] table",
             "audit the same study with its [privacy] table",
         )
-    report = _report(run, study) if run else None
+    report = None
+    if run:
+        study, report = _study_of(run, study), run.report
     plan = plan_for_site(study, declared_size)
     if report:
         plan = _as_it_ran(plan, report)
@@ -72,6 +74,7 @@ def audit_study(
     audit: dict[str, Any] = {
         "fedtune": __version__,
         "study": study.study.name,
+        "plan_digest": study.digest,
         "data": DATA,
         "passed": all(audit.passed for audit in (step_audit, run_audit, alone) if audit),
         "one_step": asdict(step_audit) | {"passed": step_audit.passed, "weak": step_audit.weak},
@@ -93,10 +96,12 @@ def audit_study(
     return audit
 
 
-def _report(run: Run, study: Study) -> dict[str, Any]:
+def _study_of(run: Run, study: Study) -> Study:
+    """Return the study as it ran, with the digests of base and public arrays that the coordinator
+    filled in. Errors: InputError if the run has another name than `study`."""
     if run.study.study.name != study.study.name:
         raise InputError(f"{run.folder}: is a run of another study", f"a run of {study.study.name}")
-    return run.report
+    return run.study
 
 
 def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:

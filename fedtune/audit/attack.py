@@ -87,9 +87,11 @@ class Attack:
     - epsilon, delta: the ε and δ of training one model at this site
     - secrets: how much a model reveals of planted secrets; None for a study whose model writes no
       text, or reads more than text
+    - plan_digest: the digest of the plan by which the models with noise were trained
     - left_out: names of the study's tables that were not used for these models"""
 
     study: str
+    plan_digest: str
     canaries: int
     models: int
     units: int
@@ -145,6 +147,7 @@ def attack_study(
     Errors: ConfigError (no privacy to attack; too few models or units; the study's public text is
     not here), ModelError, InfrastructureError."""
     _check(study, canaries, models, units)
+    plan_digest = study.digest
     network = build(study)
     with network.loaded(network.frozen_factor() | network.preconditioner):  # the block restores it
         begun = begin_again(study)
@@ -159,6 +162,7 @@ def attack_study(
         bare, bare_exposed = world.train_models(non_private_plan(study, units), MemoryLog())
     result = Attack(
         study=study.study.name,
+        plan_digest=plan_digest,
         canaries=canaries,
         models=models,
         units=units,

@@ -62,8 +62,8 @@ def release(
         list[Path] | None,
         typer.Option(
             metavar="DIR",
-            help="A folder that `fedtune attack RUN` or `fedtune audit` wrote; assurance.html "
-            "states what was found. May be repeated.",
+            help="A folder that `fedtune attack RUN` or `fedtune audit STUDY --run RUN` wrote; "
+            "assurance.html states what was found. May be repeated.",
             show_default=False,
         ),
     ] = None,

@@ -103,7 +103,7 @@ def test_what_a_row_names_is_there() -> None:
 def test_every_fact_of_a_row_is_in_some_run(released: Any, tmp_path: Path) -> None:
     """A source that no run has would be "not recorded" for ever. Those of other kinds of runs are
     named here."""
-    found = documents(released[0] / "run") | attacked(tmp_path)
+    found = documents(released[0] / "run") | attacked(released[0] / "run", tmp_path)
     content = build(found | {"audit.md": True})
     missing = {
         fact["label"]
@@ -326,17 +326,18 @@ def test_a_format_that_does_not_fit_its_figure_is_named(signed: Any, tmp_path: P
 # ------------------------------------------------------------------------------------- attacks
 
 
-def attacked(folder: Path, **changes: Any) -> dict[str, Any]:
+def attacked(run: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """What an attack on the run's plan found, in the files that the attack writes."""
     found = (0.62, 0.5, 0.7)
     noised = Membership(20, 20, found, found, 0.9, 0.9, 0.1, 0.1, 0.2, [(0.0, 0.0), (1.0, 1.0)])
     bare = replace(noised, auc=(0.95, 0.9, 1.0))
     secret = Exposure(8, 128, 2.0, 3.0, 1.5, 1.4, 3.5, 0)
     exposed = Secrets(secret, replace(secret, mean=6.0), 5.0, 1e-4)
-    attack = Attack("tiny", 20, 8, 100, 2, 7.9, 1e-4, noised, bare, exposed)
+    plan = json.loads((run / "report.json").read_text())["plan_digest"]
+    attack = Attack("tiny", plan, 20, 8, 100, 2, 7.9, 1e-4, noised, bare, exposed)
     save(replace(attack, **changes), folder)
     step = {"audited": 1.0, "claimed": 2.0}
-    audit = {"study": attack.study, "passed": True, "one_step": step}
+    audit = {"study": attack.study, "plan_digest": plan, "passed": True, "one_step": step}
     (folder / "audit.json").write_text(json.dumps(audit))
     return {name: json.loads((folder / name).read_text()) for name in sections.ATTACKS}
 
@@ -345,7 +346,7 @@ def test_the_argument_for_anonymity_names_the_attacks_of_this_run(
     signed: Any, tmp_path: Path
 ) -> None:
     """Twin: a dossier without them says that nobody tried."""
-    attacked(tmp_path / "att")
+    attacked(signed[0], tmp_path / "att")
     out = tmp_path / "out"
     done = command("release", signed[0], "--out", out, "--attacks", tmp_path / "att")
     assert done.exit_code == 0, done.output
@@ -366,8 +367,12 @@ def test_the_argument_for_anonymity_names_the_attacks_of_this_run(
 def test_an_attack_of_another_study_or_on_a_sites_records_is_not_carried(
     signed: Any, tmp_path: Path
 ) -> None:
-    attacked(tmp_path / "att", study="other")
+    """A plan of the same name with a larger σ would show a better result than this run's."""
+    attacked(signed[0], tmp_path / "att", study="other")
     with pytest.raises(ConfigError, match="is of another study"):
+        release(signed[0], tmp_path / "out", attacks=[tmp_path / "att"])
+    attacked(signed[0], tmp_path / "att", plan_digest="sha256:" + "0" * 64)
+    with pytest.raises(ConfigError, match="is of another plan"):
         release(signed[0], tmp_path / "out", attacks=[tmp_path / "att"])
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "attack.json").write_text('{"study": "tiny", "membership": {}}')

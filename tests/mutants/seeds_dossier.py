@@ -29,6 +29,13 @@ MUTANTS = (
         RELEASES + "test_what_is_built_is_what_the_run_says", "a figure is written, not looked up",
     ),
     _one(
+        "evidence", "an-attack-on-another-plan", DOSSIER + "release.py",
+        'content.get("plan_digest") != report["plan_digest"]', "False",
+        "tests/dossier/test_assurance.py::test_an_attack_of_another_study_or_on_a_sites_records_is_"
+        "not_carried",
+        "a dossier shows an attack on a plan with more noise",
+    ),
+    _one(
         "evidence", "facts-are-not-looked-up", DOSSIER + "facts.py",
         '        if said is None or said != fact.get("shown"):', "        if not source:",
         CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",

@@ -146,10 +146,10 @@ def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[
 
     - folder: the folder that `fedtune attack RUN` or `fedtune audit` wrote
     - into: the dossier's folder
-    - report: the content of the run's report.json, to whose study the results must belong
+    - report: the content of the run's report.json, to whose plan the results must belong
 
-    Errors: ConfigError if `folder` has no result, or one of another study; Refused if a result is
-    from an attack at a site, on the site's own records."""
+    Errors: ConfigError if `folder` has no result, or one of another study or plan; Refused if a
+    result is from an attack at a site, on the site's own records."""
     found = {
         name: reading.json_in(folder / name, "what an attack found")
         for name in assurance.ATTACKS
@@ -169,6 +169,12 @@ def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[
             )
         if content.get("study") != report["study"]:
             raise ConfigError(f"{folder / name}: is of another study", str(report["study"]))
+        if content.get("plan_digest") != report["plan_digest"]:
+            raise ConfigError(
+                f"{folder / name}: is of another plan, or was written before results named theirs",
+                str(report["plan_digest"]),
+                "run `fedtune attack RUN`, or `fedtune audit STUDY --run RUN`, again",
+            )
         shutil.copyfile(folder / name, into / name)
     return found
 
