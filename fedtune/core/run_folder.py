@@ -35,6 +35,7 @@ def is_exported(folder: Path) -> bool:
     """Return whether `fedtune export --to hf` wrote the folder: a model with a report and no plan.
     It is no base: it was trained by the run from which it was exported. A copy of its weights alone
     does not show that."""
+    folder = Path(os.path.expanduser(folder))  # as where bases are looked for
     files = ("config.json", "report.json")
     # A name that is too long for a path is no folder either: os.path says so without an error.
     is_model = all(os.path.isfile(folder / name) for name in files)

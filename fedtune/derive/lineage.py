@@ -13,6 +13,7 @@ from fedtune.core.models.loaded import LoadedModel
 from fedtune.core.run_folder import is_exported
 from fedtune.evidence.verify import check_signed
 from fedtune.report.declared import declared_in
+from fedtune.report.teacher import leaves_out
 from fedtune.runs.run import Run
 
 
@@ -32,9 +33,15 @@ def require_private(model: LoadedModel, role: str, source: str) -> None:
             "a base, or the run from which the model was exported, whose report says what it cost",
             "name the folder of that run",
         )
-    if model.study is None or (model.study.private and Run(source).private):
+    if model.study is None:
         return
-    how = 'with privacy = "off"' if not model.study.private else "derived from one without privacy"
+    how = "derived from one without privacy"
+    if not model.study.private:
+        how = 'with privacy = "off"'
+    elif (run := Run(source)).private:
+        if not (left_out := leaves_out(run.report)):
+            return
+        how = f"whose teacher {left_out}"
     raise Refused(
         f"the {role} is a run {how} ({model.digest})",
         "a base, or a run that was trained under (ε, δ), as all runs from which it was derived",
@@ -55,6 +62,17 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
     }
 
 
+def warn_of_cost(reports: Sequence[dict[str, Any]]) -> str:
+    """Return why the ε of runs cannot be composed: which of them were trained without privacy, or
+    by a teacher whose cost their reports do not hold. Return "" if it can."""
+    bare = [str(report.get("study")) for report in reports if not report.get("private")]
+    said = [f"trained without privacy: {', '.join(bare)}"] if bare else []
+    for report in reports:
+        if report.get("private") and (left_out := leaves_out(report)):
+            said.append(f"the teacher of {report.get('study')} {left_out}")
+    return "; ".join(said)
+
+
 def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compose the privacy of the parent runs, for the report of a model derived from them. Return
     the report's sections "private", "privacy" (with the composed ε, or a warning if a parent is not
@@ -62,14 +80,14 @@ def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for example that it was declared public or generated. A run that occurs twice is charged once.
     parents: the dicts that `parent` returned."""
     reports = {p["digest"]: p["report"] for p in parents}
-    private = all(report.get("private") for report in reports.values())
-    privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}
-    if private:
+    warning = warn_of_cost(list(reports.values()))
+    privacy: dict[str, Any] = {"warning": warning}
+    if not warning:
         privacy = composed_epsilon.compose_reports(list(reports.values()))
     entries = [
         {key: value for key, value in p.items() if key != "report"}
         | {"privacy": {k: p["report"].get("privacy", {}).get(k) for k in ("epsilon", "delta")}}
         for p in parents
     ]
-    combined = {"private": private, "privacy": privacy, "parents": entries}
+    combined = {"private": not warning, "privacy": privacy, "parents": entries}
     return combined | declared_in(list(reports.values()))

@@ -15,6 +15,7 @@ from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.lora import Arrays
 from fedtune.derive import derived_run
 from fedtune.derive.adapter_files import save_adapter
+from fedtune.derive.lineage import warn_of_cost
 from fedtune.derive.merge_methods import Adapter, Method, Moments, densities_of, merge
 from fedtune.evidence.verify import check_signed
 from fedtune.report.declared import declared_in
@@ -186,15 +187,13 @@ def _report_sections(
     - arrays: the merged adapter, by name
     - settings: the section "merge" without its parents; its "weights" has one for each parent
     - disjoint: whether the caller states that no person is in two of the runs"""
-    non_private = [parent for parent in parents if not parent.report.get("private")]
-    if non_private:
-        names = ", ".join(str(parent.report.get("study")) for parent in non_private)
-        privacy = {"mode": "off", "warning": f"trained without privacy: {names}"}
+    reports = [parent.report for parent in parents]
+    if warning := warn_of_cost(reports):
+        privacy: dict[str, Any] = {"mode": "off", "warning": warning}
     else:
-        reports = [parent.report for parent in parents]
         privacy = composed_epsilon.compose_reports(reports, disjoint=disjoint)
-    return declared_in([parent.report for parent in parents]) | {
-        "private": not non_private,
+    return declared_in(reports) | {
+        "private": not warning,
         "privacy": privacy,
         "base": parents[0].report["base"],
         "adapter": {

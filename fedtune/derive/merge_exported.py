@@ -19,6 +19,7 @@ from fedtune.core.files.writing import drafted
 from fedtune.core.run_folder import HEAD, is_exported
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
+from fedtune.derive.lineage import warn_of_cost
 from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import RUN
@@ -62,9 +63,9 @@ def merge_models(
     digests = [digest(folder) for folder in folders]
     if len(set(digests)) != len(digests):
         raise ConfigError("two of the models are the same", "models that differ")
-    non_private = [str(r.get("study")) for r in reports if not r.get("private")]
-    privacy = {"mode": "off", "warning": f"trained without privacy: {', '.join(non_private)}"}
-    if not non_private:
+    warning = warn_of_cost(reports)
+    privacy: dict[str, Any] = {"mode": "off", "warning": warning}
+    if not warning:
         privacy = composed_epsilon.compose_reports(reports, disjoint=disjoint)
     shares = list(weights) or [1.0] * len(folders)
     densities = densities_of(density, len(folders))
@@ -72,7 +73,7 @@ def merge_models(
         "fedtune": fedtune.__version__,
         "study": derived_name(out, "merged"),
         "plan_digest": None,
-        "private": not non_private,
+        "private": not warning,
         "privacy": privacy,
         "base": reports[0]["base"],
         "rounds": [],

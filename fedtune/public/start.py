@@ -23,6 +23,7 @@ from fedtune.accounting.rounds import with_rounds
 from fedtune.core.config import Study, TrainingTable
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.load import load_dataset
+from fedtune.core.errors import ConfigError
 from fedtune.core.modalities import MODALITIES
 from fedtune.core.models import lora
 from fedtune.core.models.build import build
@@ -33,6 +34,7 @@ from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import narrow_factors
 from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.registry import process_cache
+from fedtune.core.run_folder import is_exported
 from fedtune.core.strategy import State
 from fedtune.public import start_cache
 from fedtune.public.class_basis import basis_of, class_knowledge
@@ -82,8 +84,15 @@ def start(study: Study) -> Start:
     """Compute the starting point of a study: find the base, fix the number of rounds, and compute
     what the plan asks for from public text (A, the preconditioner, the initial adapter or head).
 
-    Errors: ModelError, ConfigError, DataError (public text)."""
+    Errors: ModelError, ConfigError (also if the base was exported from a run), DataError (public
+    text)."""
     network = build(study)
+    if is_exported(network.base.path):
+        raise ConfigError(
+            f"base.model: {network.base.name} is an exported model, which a run trained",
+            "a base that no record of the sites trained: the study's ε holds its own rounds alone",
+            "name the base of that run",
+        )
     check_reads(study, network)
     study = with_rounds(study)
     base = study.base.model_copy(update={"digest": network.base.digest})

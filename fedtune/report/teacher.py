@@ -9,6 +9,14 @@ from fedtune.report.claim import protects
 from fedtune.report.text import cell, figure, table
 
 
+def leaves_out(report: dict[str, Any]) -> str:
+    """Return what is true of the teacher if a report's ε does not hold its cost, as the end of a
+    sentence about the teacher, such as "was trained without privacy". Return "" if the ε covers all
+    that trained the model."""
+    teacher = report.get("teacher") or {}
+    return "" if not teacher or teacher.get("known") else _why(teacher)
+
+
 def section(report: dict[str, Any]) -> list[str]:
     """Return the section on the teacher as Markdown paragraphs: its name, digest and cost. Return
     [] if the report has no "teacher"."""
@@ -39,8 +47,8 @@ def teacher_line(report: dict[str, Any]) -> str:
     if not teacher:
         return ""
     name = cell(teacher.get("name"))
-    if not teacher.get("known"):
-        return f"its teacher {name} {_why(teacher)}: ε is of this run's rounds alone"
+    if left_out := leaves_out(report):
+        return f"its teacher {name} {left_out}: ε is of this run's rounds alone"
     if "student_epsilon" not in teacher:
         return f"its teacher: {name}"
     own, parent = rounded_up(teacher["student_epsilon"]), rounded_up(teacher.get("epsilon"))
@@ -53,9 +61,9 @@ def _why(teacher: dict[str, Any]) -> str:
 
 
 def _cost(report: dict[str, Any], teacher: dict[str, Any]) -> str:
-    if not teacher.get("known"):
+    if left_out := leaves_out(report):
         return (
-            f"**It {_why(teacher)}.** The ε above is of this run's own rounds: for whoever is "
+            f"**It {left_out}.** The ε above is of this run's own rounds: for whoever is "
             "among the teacher's records too, what the teacher cost adds to it."
         )
     if "student_epsilon" not in teacher:

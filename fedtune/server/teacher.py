@@ -6,10 +6,12 @@ from typing import Any
 
 from fedtune.accounting.composed_epsilon import compose_reports
 from fedtune.core.errors import InputError
+from fedtune.report.teacher import leaves_out
 
 UNKNOWN = "not known on this machine"
 PUBLIC = "a base, which was trained on no record of the sites"
 NOT_PRIVATE = "was trained without privacy"
+TAUGHT = "was itself trained by a teacher that"
 
 
 def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
@@ -24,14 +26,15 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     trainings together, composed as `fedtune merge` composes parents; "own_epsilon" is the ε of the
     student's rounds alone.
     Guarantee: the stated ε is never less than the ε of all trainings in which one unit took part,
-    unless the report says that the teacher's cost is not known, or that the teacher was trained
-    without privacy.
+    unless the report says that the teacher's cost, or that of a teacher before it, is not known, or
+    that one of these was trained without privacy.
 
     | the teacher                                      | ε of the result | "teacher" says of cost  |
     | is a base                                        | the student's   | trained on no record    |
     | is not on this machine, or its report is missing | the student's   | not known               |
     | or cannot be composed with the student's         |                 |                         |
     | is a run without privacy                         | the student's   | trained without privacy |
+    | is a run whose own teacher's cost is not in its ε | the student's  | what that run's says    |
     | is a private run; the student is not private     | none            | the teacher's ε and δ   |
     | is a private run; the student is private         | of both         | the teacher's ε and δ   |
     """
@@ -45,6 +48,9 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     facts["plan"] = parent.get("plan_digest")
     if not parent.get("private"):
         return report | {"teacher": facts | {"cost": NOT_PRIVATE, "known": False}}
+    if left_out := leaves_out(parent):
+        why = left_out.removeprefix(f"{TAUGHT} ")
+        return report | {"teacher": facts | {"cost": f"{TAUGHT} {why}", "known": False}}
     cost = {key: parent["privacy"].get(key) for key in ("epsilon", "delta")}
     facts |= {"known": True, **cost}
     if not report.get("private"):

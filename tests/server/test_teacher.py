@@ -14,7 +14,7 @@ from fedtune.evidence import figures
 from fedtune.report.claim import best_guess
 from fedtune.report.markdown import markdown
 from fedtune.report.teacher import teacher_line
-from fedtune.server.teacher import NOT_PRIVATE, UNKNOWN, with_teacher
+from fedtune.server.teacher import NOT_PRIVATE, TAUGHT, UNKNOWN, with_teacher
 from tests.test_budgets import A, B, alone, close, report
 
 NAMES = {"name": "before", "digest": "sha256:" + "5" * 64}
@@ -31,6 +31,11 @@ def student(sites: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def run_of(sites: dict[str, Any], **more: Any) -> dict[str, Any]:
     return NAMES | {"kind": "run", "report": student(sites) | more}
+
+
+def taught(cost: str) -> dict[str, Any]:
+    """A teacher that is a private run, whose report does not hold the cost of its own teacher."""
+    return run_of({"north": (B, "k1")}, teacher=NAMES | {"cost": cost, "known": False})
 
 
 def test_a_student_pays_for_its_teacher_too() -> None:
@@ -114,6 +119,9 @@ def test_a_site_that_trained_the_teacher_alone_is_listed() -> None:
         (NAMES | {"kind": "run", "report": None}, UNKNOWN),
         (NAMES | {"kind": "run", "report": {"private": True, "privacy": {}}}, UNKNOWN),
         (run_of({"north": (B, "k1")}, private=False), NOT_PRIVATE),
+        (taught(UNKNOWN), f"{TAUGHT} has a cost that is {UNKNOWN}"),
+        (taught(NOT_PRIVATE), f"{TAUGHT} {NOT_PRIVATE}"),
+        (taught(f"{TAUGHT} {NOT_PRIVATE}"), f"{TAUGHT} {NOT_PRIVATE}"),
     ],
 )
 def test_a_cost_that_is_not_known_is_said_not_to_be(teacher: dict[str, Any], cost: str) -> None:

@@ -769,7 +769,8 @@ def _restore_body(
     is_newest = anchor and anchor.head.seq >= latest and not base.holds(anchor.head)
     explained = shown if is_newest else Paid()
     unexplained = max(0, lost.steps - explained.steps) + branch.steps
-    counted = anchor is not None or bool(log.every)
+    # What was noted outside the folder is a minute old, or of any age, and bounds nothing by itself.
+    counted = anchor is not None or bool(receipts and receipts.every)
     if (
         (not log_complete and (any(lost.plus(branch)) or not counted))
         or (unexplained and not known_charges)
