@@ -330,11 +330,11 @@ def _was_adopted(home: Path, homes: dict[str, list[Note]]) -> bool:
     """Return whether a hospital's home has adopted the ledger that was in `home`: the key alone is
     left, and either the note of an adopted ledger lies beside it, or another home has the ledger of
     this key. A folder with the key alone may also be one whose other files were lost."""
-    if traces(home) != [KEY]:
-        return False
-    if (home / ADOPTED).exists():
-        return True
-    with suppress(InfrastructureError, OSError):
+    with suppress(InfrastructureError, OSError):  # of a home that cannot be reached now
+        if traces(home) != [KEY]:
+            return False
+        if (home / ADOPTED).exists():
+            return True
         public = SigningKey.at(home / KEY).public
         others = [Path(other) for other in homes if other != str(home.resolve())]
         return any({"key": public} in homes[str(other)] for other in others)

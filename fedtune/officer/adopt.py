@@ -38,6 +38,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from fedtune.core.config import Site, SiteData, load_site
@@ -57,7 +58,7 @@ from fedtune.core.files import locks
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
-from fedtune.core.ledger.adopted import check_has_adopted, note_adopted
+from fedtune.core.ledger.adopted import check_has_adopted, has_noted, note_adopted
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import list_not_accepted, options_to_accept
 from fedtune.core.ledger.entries import EVERY, Earlier, Gone, slot_of
@@ -236,9 +237,11 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
             )
         first, state = bool(adopted_here[-1]["facts"]["first"]), site.site.state
         # It is the first file to be removed: if it is there, the whole ledger may be.
-        if first and (state / HEAD).exists():
-            head = read_head(state / HEAD, book.key.public)
-            if head is None or not book.accounts_for(head):
+        if (state / HEAD).exists():
+            key = book.key if first else SigningKey.at(state / KEY)
+            head = read_head(state / HEAD, key.public)
+            has_all = book.accounts_for if first else partial(has_noted, state)
+            if head is None or not has_all(head):
                 raise ConfigError(
                     f"{state}: its own ledger was adopted once, and holds now what the hospital's "
                     "lacks",
@@ -526,11 +529,11 @@ def _adopt_later(
         replace(home / FILE, text.encode(), private=True)
     for table in _tables(site):
         _declare(book, hospital, datasets[table.name], table, _list_columns(site, old, table))
-    StepLog(home / STEPS, name).join(state / STEPS)
     by_member = {unit_member(key): gone for key, gone in keys.items()}
     _copy_stored(old, name, book)
     refused = [slot_of(slot, name) for slot in old.refused]
     entered = book.enter_earlier(name, earlier, by_member, refused, login(), old.ended)
+    StepLog(home / STEPS, name).join(state / STEPS)  # not of an adoption that was refused
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
     acts = AuditLog(home, book.key)
     _enter_distrusted(home, state, name)

@@ -325,7 +325,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-note-is-of-the-chain-that-is-there", "fedtune/core/ledger/restore.py",
-        "        if anchor is None:\n            log = log._replace(acc",
+        "        if anchor is None and base.path != folder / DATABASE:\n"
+        "            log = log._replace(acc",
         "        if True:\n            log = log._replace(acc",
         T_HOMES
         + "test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with",
@@ -457,7 +458,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-interrupted-adoption-takes-more-away", ADOPT,
-        "if first and (state / HEAD).exists():", "if not state:",
+        "        if (state / HEAD).exists():\n            key",
+        "        if not state:\n            key",
         T_ADOPT + "test_no_home_is_deleted_that_holds_what_the_site_lacks",
         "what a site paid beside the home is taken away with its ledger",
     ),

@@ -130,7 +130,7 @@ MADE_MUTANTS = (
     ),
     _one(
         "parents", "a-merged-run-is-as-private-as-its-first-parent", "fedtune/derive/lineage.py",
-        "(model.study.private and Run(source).private)", "model.study.private",
+        "elif (run := Run(source)).private:", "elif run := Run(source):",
         "tests/test_label.py::"
         "test_a_merged_run_with_a_parent_without_privacy_neither_writes_nor_judges",
         "other patients' records, without noise, decide each patient's preferences",

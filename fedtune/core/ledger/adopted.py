@@ -93,6 +93,11 @@ def check_has_adopted(state: Path, home: Ledger | None) -> None:
         )
 
 
+def has_noted(state: Path, head: Head) -> bool:
+    """Return whether `note_adopted` named an entry of the ledger that was in a state folder."""
+    return (state / ADOPTED).exists() and head in _read(state / ADOPTED)[0]
+
+
 def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) -> bool:
     """Return whether a receipt is for an entry that the adopted ledger accounted for; False if it
     is no receipt for that ledger, or this site never had a ledger of its own.

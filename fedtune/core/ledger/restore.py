@@ -352,9 +352,9 @@ def _restore(
     heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
     if noted is not None and noted.head not in (*heads, *named.heads):
         # It comes beside what is stored of this machine, which the database names, too.
-        if anchor is None:
+        if anchor is None and base.path != folder / DATABASE:
             log = log._replace(accepted=(*log.accepted, noted))
-        else:  # nothing shows that it is of the anchor's chain, so it may be of a branch
+        else:  # nothing shows that it is of the folder's chain, so it may be of a branch
             log = log._replace(refused=(*log.refused, noted))
         heads.append(noted.head)
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
@@ -769,7 +769,7 @@ def _restore_body(
     is_newest = anchor and anchor.head.seq >= latest and not base.holds(anchor.head)
     explained = shown if is_newest else Paid()
     unexplained = max(0, lost.steps - explained.steps) + branch.steps
-    # What was noted outside the folder is a minute old, or of any age, and bounds nothing by itself.
+    # What was noted outside the folder may be of any age, and bounds nothing by itself.
     counted = anchor is not None or bool(receipts and receipts.every)
     if (
         (not log_complete and (any(lost.plus(branch)) or not counted))
@@ -858,12 +858,16 @@ def _most_lost(
         for r in receipts.accepted
         if base.has(r.head) or (base.parted_at is None and r.head.seq > base.seq)
     }
-    branch = [
-        _since(r.mark, since := last.get(r.holder, 0), base.paid(since), round_steps)
-        for r in receipts.refused
-        if not base.accounts_for(r.head)
-    ]
-    return _most([known.plus(after), *aside]), _most(branch)
+    # Those of several holders may be of several branches.
+    branches = dict[Any, list[Paid]]()
+    for r in receipts.refused:
+        if not base.accounts_for(r.head):
+            lost = _since(r.mark, since := last.get(r.holder, 0), base.paid(since), round_steps)
+            branches.setdefault(r.holder, []).append(lost)
+    branch = Paid()
+    for counts in branches.values():
+        branch = branch.plus(_most(counts))
+    return _most([known.plus(after), *aside]), branch
 
 
 def _sum(charges: list[Charge]) -> Paid:
