@@ -525,6 +525,33 @@ def test_no_home_is_deleted_that_holds_what_the_site_lacks(world: Path) -> None:
     assert traces(state) == [KEY]
 
 
+def test_no_later_sites_ledger_is_taken_away_that_went_on(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second site's adoption was interrupted after its site file named the home. Twin: nothing
+    was charged since, and the command completes the adoption."""
+    adopt_first(world)
+    state, file = world / "onco-state", world / "onco.toml"
+    before = file.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(adoption, "move_notes", _killed)
+        with suppress(KeyboardInterrupt):
+            adopt_second(world)
+    switched = file.read_text()
+    assert "[hospital]" in switched and traces(state) != [KEY]
+    copy = shutil.copytree(state, world / "onco-copy")
+    file.write_text(before)
+    spend(file, 2)
+    file.write_text(switched)
+    with pytest.raises(ConfigError, match="holds now what the hospital's lacks"):
+        adopt_second(world)
+    assert traces(state) != [KEY]
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    adopt_second(world)
+    assert traces(state) == [KEY]
+
+
 def test_a_home_takes_no_other_site_before_its_first_adoption_is_complete(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

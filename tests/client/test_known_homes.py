@@ -21,6 +21,8 @@ from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, 
 from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.files import LedgerError
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
 from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import list_readable
 from fedtune.derive import label
@@ -612,6 +614,44 @@ def test_what_this_machine_noted_counts_in_a_restore_without_the_anchor(world: P
     assert run(*restore).exit_code == 0
     *_, lost = Ledger(home).charges("records")
     assert (lost.steps, lost.noise_multiplier) == (8, 2.0)
+
+
+@pytest.mark.parametrize("noted_at", ["never", "before the backup", "the backup's newest entry"])
+def test_a_lost_disk_is_exhausted_whatever_this_machine_noted(world: Path, noted_at: str) -> None:
+    """A note may be older than the last rounds, so it does not bound what was charged."""
+    home = world / "cardio-state"
+    if noted_at == "before the backup":
+        join(world, "cardio")
+        Ledger(home).withdraw(b"a later entry")
+    Ledger(home).backup(world / "backup", key=True)
+    if noted_at.startswith("the backup"):
+        join(world, "cardio")
+    spend(world / "cardio.toml", 4, sigma=2.0)
+    shutil.rmtree(home)
+    restore = "ledger", world / "cardio.toml", "--restore", "--from", world / "backup"
+    assert run(*restore).exit_code == 0
+    assert Ledger(home).charges("records")[-1].noise_multiplier == 0.0
+
+
+def test_lost_branches_of_two_holders_are_charged_together(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder was put back twice. This account noted one branch, and a coordinator has a receipt
+    of the other one: the restore charges both."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "cardio.toml", 8, sigma=2.0)
+    known_homes.note_head(home)
+    put_back(copy, home)
+    coordinator = SigningKey()
+    spend(world / "cardio.toml", 8, sigma=4.0)
+    of_branch = receipt(coordinator, Ledger(home).head_statement(coordinator=coordinator.public))
+    put_back(copy, home)
+    with pytest.raises(LedgerError, match="entry"):
+        Ledger(home).accept_receipt(of_branch, coordinator.public)
+    assert run("ledger", world / "cardio.toml", "--restore").exit_code == 0
+    assert sum(charge.steps for charge in Ledger(home).charges("records")) >= 2 + 16 + 16
 
 
 def test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with(

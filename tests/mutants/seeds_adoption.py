@@ -333,6 +333,26 @@ MUTANTS = (
         "of two branches the one that is shorter is in no total",
     ),
     one(
+        "incidents", "a-note-bounds-what-a-lost-disk-charged", "fedtune/core/ledger/restore.py",
+        "counted = anchor is not None or bool(receipts and receipts.every)",
+        "counted = anchor is not None or bool(log.every)",
+        T_HOMES + "test_a_lost_disk_is_exhausted_whatever_this_machine_noted",
+        "rounds since an old note are in no total after a disk was lost",
+    ),
+    one(
+        "incidents", "of-several-lost-branches-one-counts", "fedtune/core/ledger/restore.py",
+        "branch = branch.plus(_most(counts))", "branch = _most([branch, *counts])",
+        T_HOMES + "test_lost_branches_of_two_holders_are_charged_together",
+        "of two lost branches the cheaper one is in no total",
+    ),
+    one(
+        "hospital", "a-later-sites-ledger-is-taken-away-unasked", ADOPT,
+        "        if (state / HEAD).exists():\n            key",
+        "        if first and (state / HEAD).exists():\n            key",
+        T_ADOPT + "test_no_later_sites_ledger_is_taken_away_that_went_on",
+        "rounds that an adopted site ran since are in no ledger",
+    ),
+    one(
         "incidents", "a-note-takes-the-place-of-a-stored-one", "fedtune/core/ledger/restore.py",
         "log._replace(accepted=(*log.accepted, noted))", "log.plus(noted, in_chain=True)",
         T_HOMES + "test_a_later_note_leaves_the_stored_one_known",

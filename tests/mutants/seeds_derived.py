@@ -129,6 +129,12 @@ MADE_MUTANTS = (
         "the best of several looks is told as what the policy does",
     ),
     _one(
+        "parents", "a-teachers-teacher-is-forgotten", "fedtune/server/teacher.py",
+        "if left_out := leaves_out(parent):", "if left_out := \"\":",
+        "tests/server/test_teacher.py::test_a_cost_that_is_not_known_is_said_not_to_be",
+        "a model's ε leaves out a teacher without privacy, two generations back",
+    ),
+    _one(
         "parents", "a-merged-run-is-as-private-as-its-first-parent", "fedtune/derive/lineage.py",
         "elif (run := Run(source)).private:", "elif run := Run(source):",
         "tests/test_label.py::"
