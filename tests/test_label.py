@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import stat
 from contextlib import suppress
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
-from fedtune.core.config import Columns, DataFile
+from fedtune.core.config import Columns, DataFile, load_study
 from fedtune.core.data.tokenize import prompt_ids
 from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.ledger.ledger import Ledger
@@ -34,6 +35,7 @@ from fedtune.derive.preferences import (
 )
 from fedtune.derive.settings import LabelSettings
 from fedtune.officer.withdraw import withdraw
+from fedtune.public.start import start
 from fedtune.runs import teacher_admission
 from fedtune.runs.run import Run
 from tests.client.hospital_kit import load as load_hospital_sites
@@ -305,5 +307,18 @@ def test_an_exported_model_is_neither_base_nor_known(
     assert describe() == (False, "unknown")
     with pytest.raises(ConfigError, match="is an exported model"):
         distill([], prompts, tmp_path / "out", student=str(folder))
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the ~ of --generator=~/model
+    with pytest.raises(Refused, match="exported model"):
+        require_private(model, "generator", "~/exported")
     (folder / "report.json").unlink()
     assert describe() == (True, "base")
+
+
+def test_an_exported_model_is_no_base_of_a_study(tmp_path: Path, tiny_base: Path) -> None:
+    """A run trained it, whose cost is not in the study's ε. Twin: its weights alone are a base."""
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    plan = lay_out(tmp_path / "study", model, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
+    start(load_study(plan))
+    (model / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is an exported model"):
+        start(load_study(plan))
