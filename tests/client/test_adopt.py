@@ -552,6 +552,24 @@ def test_no_later_sites_ledger_is_taken_away_that_went_on(
     assert traces(state) == [KEY]
 
 
+def test_an_adoption_that_is_refused_joins_no_step_log(world: Path) -> None:
+    """The site was put back to before its adoption and ran other rounds. Lines without a charge
+    would make a later restore of the home too cheap."""
+    adopt_first(world)
+    state, file = world / "onco-state", world / "onco.toml"
+    before, copy = file.read_text(), shutil.copytree(state, world / "onco-copy")
+    spend(file, 2)
+    adopt_second(world)
+    log = (world / "home" / "steps.jsonl").read_bytes()
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    file.write_text(before)
+    spend(file, 3, sigma=2.0)
+    with pytest.raises(LedgerError, match="has paid for other rounds here"):
+        adopt_second(world)
+    assert (world / "home" / "steps.jsonl").read_bytes() == log
+
+
 def test_a_home_takes_no_other_site_before_its_first_adoption_is_complete(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -346,6 +346,14 @@ MUTANTS = (
         "of two lost branches the cheaper one is in no total",
     ),
     one(
+        "hospital", "a-refused-adoption-joins-the-step-logs", ADOPT,
+        "    by_member = {unit_member(key)",
+        "    StepLog(home / STEPS, name).join(state / STEPS)\n"
+        "    by_member = {unit_member(key)",
+        T_ADOPT + "test_an_adoption_that_is_refused_joins_no_step_log",
+        "a later restore of the home takes its lines for lost charges, and is too cheap",
+    ),
+    one(
         "hospital", "a-later-sites-ledger-is-taken-away-unasked", ADOPT,
         "        if (state / HEAD).exists():\n            key",
         "        if first and (state / HEAD).exists():\n            key",
