@@ -625,8 +625,8 @@ def audit(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Also audit the noise and clipping of this finished run of the study, and "
-            "write audit.md into its folder.",
+            help="Audit the plan of this finished run of the study, with the noise and clipping "
+            "that it had, and write audit.md into its folder.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for audit.json.")] = Path(

@@ -35,13 +35,14 @@ def require_private(model: LoadedModel, role: str, source: str) -> None:
         )
     if model.study is None:
         return
-    how = "derived from one without privacy"
     if not model.study.private:
         how = 'with privacy = "off"'
-    elif (run := Run(source)).private:
-        if not (left_out := leaves_out(run.report)):
-            return
+    elif not (run := Run(source)).private:
+        how = "derived from one without privacy"
+    elif left_out := leaves_out(run.report):
         how = f"whose teacher {left_out}"
+    else:
+        return
     raise Refused(
         f"the {role} is a run {how} ({model.digest})",
         "a base, or a run that was trained under (ε, δ), as all runs from which it was derived",

@@ -38,7 +38,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 
 from fedtune.core.config import Site, SiteData, load_site
@@ -237,20 +236,31 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
             )
         first, state = bool(adopted_here[-1]["facts"]["first"]), site.site.state
         # It is the first file to be removed: if it is there, the whole ledger may be.
-        if (state / HEAD).exists():
-            key = book.key if first else SigningKey.at(state / KEY)
-            head = read_head(state / HEAD, key.public)
-            has_all = book.accounts_for if first else partial(has_noted, state)
-            if head is None or not has_all(head):
-                raise ConfigError(
-                    f"{state}: its own ledger was adopted once, and holds now what the hospital's "
-                    "lacks",
-                    "a ledger of which the hospital's has each entry",
-                    "take the table [hospital] out of the site file, then run the command again",
-                )
+        if (state / HEAD).exists() and not _has_all_of(state, book, first=first):
+            raise ConfigError(
+                f"{state}: its own ledger was adopted once, and holds now what the hospital's "
+                "lacks",
+                "a ledger of which the hospital's has each entry",
+                "take the table [hospital] out of the site file, then run the command again",
+            )
         move_notes(state, home)
         _take_away(state)
     return Adoption(home, name, None, None, first=first)
+
+
+def _has_all_of(state: Path, book: Ledger, *, first: bool) -> bool:
+    """Return whether the hospital's ledger has all of an adopted site's own one, as far as the
+    newest entry that its anchor names shows it.
+
+    - state: the site's state folder
+    - book: the hospital's ledger
+    - first: whether it began as a copy of this site's ledger, and so has this site's key"""
+    if not (state / KEY).exists():
+        return False
+    head = read_head(state / HEAD, SigningKey.at(state / KEY).public)
+    if head is None:
+        return False
+    return book.accounts_for(head) if first else has_noted(state, head)
 
 
 def _check(home: Path, site: Site, site_file: Path) -> None:

@@ -552,6 +552,26 @@ def test_no_later_sites_ledger_is_taken_away_that_went_on(
     assert traces(state) == [KEY]
 
 
+def test_a_later_site_that_was_put_back_is_adopted_again_by_what_the_error_says(
+    world: Path,
+) -> None:
+    """The state folder alone was put back, so that the note of the adoption is gone. It is written
+    again, and a coordinator's receipt for the old ledger is still known."""
+    adopt_first(world)
+    state, file = world / "onco-state", world / "onco.toml"
+    before, copy = file.read_text(), shutil.copytree(state, world / "onco-copy")
+    adopt_second(world)
+    shutil.rmtree(state)
+    shutil.copytree(copy, state)
+    with pytest.raises(ConfigError, match=r"take the table \[hospital\] out"):
+        adopt_second(world)
+    paid = len(charges(world))
+    file.write_text(before)
+    adopt_second(world)
+    assert len(charges(world)) == paid
+    assert traces(state) == [KEY] and (state / "adopted.json").exists()
+
+
 def test_an_adoption_that_is_refused_joins_no_step_log(world: Path) -> None:
     """The site was put back to before its adoption and ran other rounds. Lines without a charge
     would make a later restore of the home too cheap."""

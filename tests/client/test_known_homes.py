@@ -560,6 +560,37 @@ def put_back(copy: Path, home: Path) -> None:
     shutil.copytree(copy, home)
 
 
+def note_a_branch(world: Path) -> Path:
+    """Run 16 steps in cardio's ledger, note its newest entry, and put the folder back to before
+    them. Return the copy of the folder as it was before."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "cardio.toml", 8, sigma=2.0)
+    known_homes.note_head(home)
+    put_back(copy, home)
+    return copy
+
+
+def test_a_home_that_cannot_be_reached_hides_no_other_note(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 says so of a folder without rights, or of a share that is gone, by an error."""
+    write_notes(world / "other.jsonl", ["x", "y"])
+    spend(make_site(world, "cardio", path="other.jsonl"), 2)
+    join(world, "cardio")
+    join(world, "onco")
+    found = known_homes.traces
+
+    def unreachable(home: Path) -> list[str]:
+        if home.name == "onco-state":
+            raise PermissionError(home)
+        return found(home)
+
+    monkeypatch.setattr(known_homes, "traces", unreachable)
+    assert known_homes.find_head(world / "cardio-state") is not None
+
+
 @pytest.mark.parametrize("asks", ["client", "simulation"])
 @pytest.mark.parametrize("later", [0, 9])
 @pytest.mark.parametrize("stopped", [True, False])
@@ -616,7 +647,7 @@ def test_what_this_machine_noted_counts_in_a_restore_without_the_anchor(world: P
     assert (lost.steps, lost.noise_multiplier) == (8, 2.0)
 
 
-@pytest.mark.parametrize("noted_at", ["never", "before the backup", "the backup's newest entry"])
+@pytest.mark.parametrize("noted_at", ["never", "before the backup", "backup's entry", "stored"])
 def test_a_lost_disk_is_exhausted_whatever_this_machine_noted(world: Path, noted_at: str) -> None:
     """A note may be older than the last rounds, so it does not bound what was charged."""
     home = world / "cardio-state"
@@ -624,10 +655,19 @@ def test_a_lost_disk_is_exhausted_whatever_this_machine_noted(world: Path, noted
         join(world, "cardio")
         Ledger(home).withdraw(b"a later entry")
     Ledger(home).backup(world / "backup", key=True)
-    if noted_at.startswith("the backup"):
+    if noted_at in ("backup's entry", "stored"):
         join(world, "cardio")
+    if noted_at == "stored":
+        Ledger(home).accept_noted(known_homes.find_head(home))
+        known_homes.path_of_notes().unlink()
+        assert (home / "ledger.receipt").exists()
     spend(world / "cardio.toml", 4, sigma=2.0)
-    shutil.rmtree(home)
+    lost = [*home.glob("ledger*"), home / "steps.jsonl"] if noted_at == "stored" else []
+    for path in lost:
+        if path.name != "ledger.receipt":
+            path.unlink()
+    if not lost:
+        shutil.rmtree(home)
     restore = "ledger", world / "cardio.toml", "--restore", "--from", world / "backup"
     assert run(*restore).exit_code == 0
     assert Ledger(home).charges("records")[-1].noise_multiplier == 0.0
@@ -638,12 +678,7 @@ def test_lost_branches_of_two_holders_are_charged_together(
 ) -> None:
     """The folder was put back twice. This account noted one branch, and a coordinator has a receipt
     of the other one: the restore charges both."""
-    home = world / "cardio-state"
-    join(world, "cardio")
-    copy = shutil.copytree(home, world / "copy")
-    spend(world / "cardio.toml", 8, sigma=2.0)
-    known_homes.note_head(home)
-    put_back(copy, home)
+    home, copy = world / "cardio-state", note_a_branch(world)
     coordinator = SigningKey()
     spend(world / "cardio.toml", 8, sigma=4.0)
     of_branch = receipt(coordinator, Ledger(home).head_statement(coordinator=coordinator.public))
@@ -660,11 +695,7 @@ def test_a_note_of_a_branch_counts_beside_what_another_account_went_on_with(
     """Its own notes do not know the branch. The first account's client sees that the folder was put
     back, and its restore charges both branches."""
     home = world / "cardio-state"
-    join(world, "cardio")
-    copy = shutil.copytree(home, world / "copy")
-    spend(world / "cardio.toml", 8, sigma=2.0)
-    known_homes.note_head(home)
-    put_back(copy, home)
+    note_a_branch(world)
     with monkeypatch.context() as account:
         account.setenv("XDG_STATE_HOME", str(world / "another"))
         join(world, "cardio")

@@ -334,10 +334,17 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-note-bounds-what-a-lost-disk-charged", "fedtune/core/ledger/restore.py",
-        "counted = anchor is not None or bool(receipts and receipts.every)",
+        "counted = anchor is not None or any(r.coordinator != HERE for r in log.every)",
         "counted = anchor is not None or bool(log.every)",
         T_HOMES + "test_a_lost_disk_is_exhausted_whatever_this_machine_noted",
         "rounds since an old note are in no total after a disk was lost",
+    ),
+    one(
+        "incidents", "a-home-out-of-reach-hides-every-note", "fedtune/homes/known_homes.py",
+        "    with suppress(InfrastructureError, OSError):  # of a home that cannot be",
+        "    with suppress(InfrastructureError):  # of a home that cannot be",
+        T_HOMES + "test_a_home_that_cannot_be_reached_hides_no_other_note",
+        "a folder that was put back is not noticed",
     ),
     one(
         "incidents", "of-several-lost-branches-one-counts", "fedtune/core/ledger/restore.py",
@@ -355,8 +362,8 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-later-sites-ledger-is-taken-away-unasked", ADOPT,
-        "        if (state / HEAD).exists():\n            key",
-        "        if first and (state / HEAD).exists():\n            key",
+        "return book.accounts_for(head) if first else has_noted(state, head)",
+        "return book.accounts_for(head) if first else True",
         T_ADOPT + "test_no_later_sites_ledger_is_taken_away_that_went_on",
         "rounds that an adopted site ran since are in no ledger",
     ),
@@ -486,8 +493,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-interrupted-adoption-takes-more-away", ADOPT,
-        "        if (state / HEAD).exists():\n            key",
-        "        if not state:\n            key",
+        "if (state / HEAD).exists() and not _has_all_of", "if not state and not _has_all_of",
         T_ADOPT + "test_no_home_is_deleted_that_holds_what_the_site_lacks",
         "what a site paid beside the home is taken away with its ledger",
     ),

@@ -135,8 +135,20 @@ MADE_MUTANTS = (
         "a model's ε leaves out a teacher without privacy, two generations back",
     ),
     _one(
+        "parents", "a-judge-may-have-had-any-teacher", "fedtune/derive/lineage.py",
+        "elif left_out := leaves_out(run.report):", "elif left_out := \"\":",
+        "tests/server/test_teacher.py::test_a_run_whose_teacher_is_not_paid_for_is_no_private_parent",
+        "patients' records, without noise, decide each patient's preferences by a second teacher",
+    ),
+    _one(
+        "parents", "a-merge-forgets-a-teacher", "fedtune/derive/lineage.py",
+        "if report.get(\"private\") and (left_out := leaves_out(report)):", "if left_out := \"\":",
+        "tests/server/test_teacher.py::test_a_run_whose_teacher_is_not_paid_for_is_no_private_parent",
+        "a merged model's ε leaves out a teacher without privacy",
+    ),
+    _one(
         "parents", "a-merged-run-is-as-private-as-its-first-parent", "fedtune/derive/lineage.py",
-        "elif (run := Run(source)).private:", "elif run := Run(source):",
+        "elif not (run := Run(source)).private:", "elif not (run := Run(source)):",
         "tests/test_label.py::"
         "test_a_merged_run_with_a_parent_without_privacy_neither_writes_nor_judges",
         "other patients' records, without noise, decide each patient's preferences",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fedtune.core.errors import NotGenuine
+from fedtune.core.errors import NotGenuine, Refused
 from fedtune.core.registry.rounding import rounded_up
+from fedtune.derive.lineage import combined_lineage, require_private, warn_of_cost
 from fedtune.evidence import figures
 from fedtune.report.claim import best_guess
 from fedtune.report.markdown import markdown
@@ -130,6 +132,24 @@ def test_a_cost_that_is_not_known_is_said_not_to_be(teacher: dict[str, Any], cos
     assert found["privacy"] == own["privacy"] and found["teacher"]["cost"] == cost
     assert cost in markdown(found) and "adds to it" in markdown(found)
     assert "of this run's rounds alone" in teacher_line(found)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_whose_teacher_is_not_paid_for_is_no_private_parent(
+    monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Neither a model that is made of it, nor as a judge of private records. Twin: a teacher whose
+    cost is in the report."""
+    teacher = NAMES | {"cost": NOT_PRIVATE, "known": known}
+    own = student({"north": (A, "k1")}, teacher=teacher)
+    made = combined_lineage([{"digest": "sha256:1", "name": "student", "report": own}])
+    assert made["private"] is known and ("warning" in made["privacy"]) is not known
+    assert bool(warn_of_cost([own])) is not known
+    run = SimpleNamespace(private=True, report=own)
+    monkeypatch.setattr("fedtune.derive.lineage.Run", lambda source: run)
+    model: Any = SimpleNamespace(study=SimpleNamespace(private=True), digest="sha256:1")
+    with nullcontext() if known else pytest.raises(Refused, match="was trained without privacy"):
+        require_private(model, "judge", "run")
 
 
 def test_held_out_patients_pay_for_the_teacher_too() -> None:

@@ -17,13 +17,16 @@ Guarantee: a restored ledger charges at least what was spent.
    the longest round that is known. An anchor or a receipt of an older release holds no counts:
    entries that only such a file names are charged in the same way, by their rows or as rounds.
 | case                                                      | the charge                      |
-| no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
+| no anchor, no coordinator's receipt, and no step log as   | exhausted: charged as σ = 0,    |
+| old as the base                                           | whatever this machine noted     |
 | lost steps, but no round known to price them              | exhausted                       |
 | a lost charge without noise that the step log lacks       | exhausted                       |
 | the step log is behind the base, and charges are lost     | exhausted: both logs are damaged |
 Once a row shows that the old database parted from the base before the base's end, the counts of
 anchor and receipts start there. If no row of that branch can be read, nothing on disk tells it from
 entries that follow the base, and its charges up to the base's last number may be missing.
+Receipts for entries of lost branches are summed over their holders (a coordinator by membership, or
+this account's notes), since two holders may have entries of two branches.
 Why step 3 counts all that was spent: two kinds of entries charge, "reserve" (a round, or a charge
 of an adopted ledger) and "restore", and the counts hold the charges of both in full. What was
 charged between the base and a later entry of its chain is the difference of their counts. Each of
@@ -109,6 +112,7 @@ from fedtune.core.ledger.entries import (
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
+    HERE,
     KEY,
     NEW,
     RECEIPT,
@@ -769,8 +773,8 @@ def _restore_body(
     is_newest = anchor and anchor.head.seq >= latest and not base.holds(anchor.head)
     explained = shown if is_newest else Paid()
     unexplained = max(0, lost.steps - explained.steps) + branch.steps
-    # What was noted outside the folder may be of any age, and bounds nothing by itself.
-    counted = anchor is not None or bool(receipts and receipts.every)
+    # What this machine noted may be of any age, and bounds nothing by itself.
+    counted = anchor is not None or any(r.coordinator != HERE for r in log.every)
     if (
         (not log_complete and (any(lost.plus(branch)) or not counted))
         or (unexplained and not known_charges)
