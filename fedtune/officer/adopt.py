@@ -550,7 +550,7 @@ def _adopt_later(
     for study, round_, adapter in refused:  # by which a restore of the home refuses them again
         acts.add("refuse", "--adopt", plan=study, round=round_, adapter=adapter)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
-    note_adopted(state, old.known, book.head)
+    note_adopted(state, old.known, old.settled, book.head)
     site_copy = _switch(site_file, name, site_text)
     move_notes(state, home)
     _take_away(state)

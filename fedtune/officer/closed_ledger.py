@@ -52,6 +52,7 @@ class Closed:
         self._ledger, self._account, self._reader = ledger, ledger._account, reader
         self.head = ledger._store.head
         self.known = ledger._store.list_known(reader.sql)
+        self.settled = ledger._store.settled
         self.refused, self.ended = frozenset(self._account.refused), frozenset(self._account.ended)
         self.patient_columns = self._account.list_columns()
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of

@@ -29,6 +29,7 @@ def run_round(
     done = done or charge(round_)
     number = ledger.reserve(dataset, done, f"adapter {round_}", yes)
     log = StepLog(ledger.folder / "steps.jsonl")
+    log.begin_round(ledger.hash_of(number))
     for _ in range(done.steps):
         log.append(
             Step(
@@ -39,7 +40,8 @@ def run_round(
                 done.max_grad_norm,
                 done.unit,
                 done.records,
-            )
+            ),
+            done.steps,
         )
     body = os.urandom(64)
     ledger.release(number, body)

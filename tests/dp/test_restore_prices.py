@@ -4,6 +4,7 @@ withdrawals and arrivals, which follow from people."""
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import sqlite3
@@ -16,18 +17,18 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.core.config import PolicyTable
-from fedtune.core.ledger import chain
+from fedtune.core.ledger import files
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger import restore as restore_module
-from fedtune.core.ledger.entries import EVERY, Earlier, Gone
-from fedtune.core.ledger.files import Costliest, Paid, opened_token
+from fedtune.core.ledger.entries import EVERY, Charge, Earlier, Gone
+from fedtune.core.ledger.files import Costliest, Head, Mark, Paid, opened_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import budget
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
 from tests.dp.ledger_kit import charge, covers, run_round, total, yes
 
-COUNTS = ("steps", "bare", *Costliest._fields, "paid_signature")
+COUNTS = ("steps", "bare", "charged", *Costliest._fields, "paid_signature")
 
 
 def as_of_an_older_release(folder: Path) -> None:
@@ -95,7 +96,7 @@ def spent_by_count(tmp_path: Path, what: str, evidence: str) -> set[float]:
 @pytest.mark.parametrize("what", ["withdraw", "arrive"])
 @pytest.mark.parametrize(
     "evidence",
-    ["anchor", "anchor, log rolled back", "receipt", "rows", "old anchor, rows"],
+    ["anchor", "anchor, log rolled back", "receipt", "rows"],
 )
 def test_a_restore_charges_alike_however_many_withdrew_or_arrived(
     tmp_path: Path, what: str, evidence: str
@@ -104,11 +105,27 @@ def test_a_restore_charges_alike_however_many_withdrew_or_arrived(
     assert len(spent_by_count(tmp_path, what, evidence)) == 1
 
 
-@pytest.mark.parametrize("evidence", ["old anchor", "old receipt"])
-def test_a_restore_that_counts_entries_is_caught(tmp_path: Path, evidence: str) -> None:
-    """The twin: anchor or receipt of an older release, which say only how many entries there were.
-    Nothing is charged too little, and ε tells the number of withdrawals."""
+@pytest.mark.parametrize("evidence", ["anchor", "receipt"])
+def test_a_restore_that_counts_entries_is_caught(
+    tmp_path: Path, evidence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: each lost entry is priced as a round of four steps. Nothing is charged too little,
+    and ε tells the number of withdrawals."""
+
+    def price_entries(marks: list[Mark], covered: dict[Head, Paid], _: object) -> list[Charge]:
+        most = max((mark.head.seq for mark in marks), default=0)
+        return [restore_module._bound(Costliest(1.0, 0.1, 1), 4 * most)]
+
+    monkeypatch.setattr(restore_module, "_price", price_entries)
     assert len(spent_by_count(tmp_path, "withdraw", evidence)) == 3
+
+
+@pytest.mark.parametrize("evidence", ["old anchor", "old receipt"])
+def test_what_does_not_say_what_was_charged_exhausts_the_ledger(
+    tmp_path: Path, evidence: str
+) -> None:
+    """Anchor or receipt of an older release."""
+    assert spent_by_count(tmp_path, "withdraw", evidence) == {math.inf}
 
 
 def test_a_token_of_an_older_release_is_still_a_receipt(
@@ -203,7 +220,12 @@ def test_the_step_log_explains_only_what_it_shows(
             shutil.copy2(early / "ledger.head", folder)
         else:
             (folder / name).unlink()
-    assert total(Ledger.restore(folder, tmp_path / "copy")) == {1.0: 36}
+    restored = total(Ledger.restore(folder, tmp_path / "copy"))
+    assert covers(restored, {1.0: 36})
+    if lost == ["ledger.db"]:
+        # The receipt's rounds are charged once more if the entry of an earlier restore, which knew
+        # that it had charged for them, is lost as well.
+        assert restored == {1.0: 36 if how == "put back" else 44}
 
 
 @pytest.mark.parametrize("kind", ["a round", "an exhausted restore", "an adopted charge"])
@@ -220,12 +242,12 @@ def test_a_lost_charge_without_noise_is_no_round_with_noise(
         adopted = replace(restore_module.EXHAUSTED, membership="m", adopted=True)
         used.enter_earlier("m", [Earlier(EVERY, adopted, "")], {}, [], "an officer")
     else:
-        (used.folder / "ledger.db").unlink()
-        (used.folder / "steps.jsonl").unlink()
+        for name in ("ledger.db", "steps.jsonl"):
+            (used.folder / name).unlink()
         run = Ledger.restore(used.folder, tmp_path / "copy")
         assert 0.0 not in total(run)  # nothing was lost: the anchor says so
-        run.reserve("notes", charge(6), "adapter 6", yes)
-        (used.folder / "ledger.db").unlink()
+        for name in ("ledger.db", "ledger.head"):
+            (used.folder / name).unlink()
         assert 0.0 in total(Ledger.restore(used.folder, tmp_path / "copy"))
     (used.folder / "ledger.db").unlink()
     (used.folder / "steps.jsonl").write_bytes(early)
@@ -368,7 +390,8 @@ def test_the_anchor_holds_the_last_two_heads_that_each_coordinator_was_sent(
     """The newest may never have come there: the coordinator then sends the receipt before it. A
     membership's last two do not displace those of another one, and stay however many entries
     follow."""
-    monkeypatch.setattr(chain, "RECENT", 1)
+    monkeypatch.setattr(files, "CHARGED", 1)
+    monkeypatch.setattr(files, "FURTHER", 0)
     ledger, sent = Ledger(folder), list[dict[str, Any]]()
     ledger.declare("notes", [], "sha256:0", [b"ann"])
     coordinators = [SigningKey(), SigningKey()]
@@ -472,5 +495,5 @@ def test_a_restore_that_goes_by_the_step_log_alone_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: where the step log was rolled back as well, rounds are missing."""
-    monkeypatch.setattr(restore_module, "_most_lost", lambda *_: (Paid(), Paid()))
+    monkeypatch.setattr(restore_module, "_price", lambda *_: [])
     assert not all(are_covered(tmp_path, sites=4))

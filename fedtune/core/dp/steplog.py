@@ -31,6 +31,20 @@ class Step:
     membership: str = ""
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What one line of the step log states: an attempt at a round.
+
+    - step: one of its steps, which are all equal
+    - steps: how many there are
+    - entry: the hash of the ledger's entry that charged the attempt; "" if the line does not say
+      it, as a line of an older release"""
+
+    step: Step
+    steps: int
+    entry: str = ""
+
+
 class StepLog:
     """The step log of a site: a JSONL file of `Step`.
 
@@ -52,12 +66,16 @@ class StepLog:
         self.path, self._membership = path, membership
         self._round: Step | None = None  # the step that the last line states
         self._ahead = 0  # how many of that line's steps have yet to run
+        self._entry = ""  # what the next line says of the ledger's entry
 
-    def begin_round(self) -> None:
+    def begin_round(self, entry: str = "") -> None:
         """Begin an attempt at a round. One line of the log stands for all steps of an attempt, so
         the next step writes a new line, even if an earlier attempt at this round broke off after
-        some of its steps."""
-        self._round = None
+        some of its steps.
+
+        entry: the hash of the ledger's entry that charged the attempt. By it a restored ledger
+        knows whether it has the charge"""
+        self._round, self._entry = None, entry
 
     def append(self, step: Step, of_round: int = 1) -> None:
         """Log one of the steps of a round. Only the first of them writes a line, which stands for
@@ -67,6 +85,7 @@ class StepLog:
             self._ahead -= 1
             return
         counted = asdict(step) | ({"steps": of_round} if of_round > 1 else {})
+        counted |= {"entry": self._entry} if self._entry else {}
         if not step.membership:
             del counted["membership"]
         line = json.dumps(counted, sort_keys=True)
@@ -111,24 +130,24 @@ class StepLog:
         - memberships: the only memberships whose steps are returned; None: of all
 
         Errors: InfrastructureError if a line is no step."""
-        lines = [line for line in self._lines(memberships) if study in (None, line[0].study)]
-        return [step for step, count in lines for _ in range(count)]
+        lines = [line for line in self.attempts(memberships) if study in (None, line.step.study)]
+        return [line.step for line in lines for _ in range(line.steps)]
 
     def count_steps(self, memberships: Collection[str] | None = None) -> Counter[Step]:
         """Count the steps of the log, equal ones together. The arguments and errors are those of
         `steps`, which takes room and time for each of them."""
         total = Counter[Step]()
-        for step, count in self._lines(memberships):
-            total[step] += count
+        for line in self.attempts(memberships):
+            total[line.step] += line.steps
         return total
 
-    def _lines(self, memberships: Collection[str] | None) -> Iterator[tuple[Step, int]]:
-        """Yield for each line of these memberships (None: of all) its step, and how many it stands
-        for. Errors: InfrastructureError."""
+    def attempts(self, memberships: Collection[str] | None = None) -> Iterator[Attempt]:
+        """Yield what each line of the log states, in order. memberships: the only memberships whose
+        lines are taken; None: of all. Errors: InfrastructureError if a line is no step."""
         for number, line in enumerate(_whole_lines(self.path), 1):
             try:
                 logged = json.loads(line)
-                count = _check_count(logged.pop("steps", 1))
+                count, entry = _check_count(logged.pop("steps", 1)), str(logged.pop("entry", ""))
                 step = Step(**logged)
             except (ValueError, TypeError):
                 raise InfrastructureError(
@@ -136,7 +155,7 @@ class StepLog:
                     todo="restore the file from a backup; without it no budget can be stated",
                 ) from None
             if memberships is None or step.membership in memberships:
-                yield step, count
+                yield Attempt(step, count, entry)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -34,6 +34,7 @@ class Reservation:
     charge: Charge
     adapter: str
     time: int
+    hash: str = ""  # of its entry
     out: frozenset[int] = frozenset()  # the cohorts that the round leaves out
     origin: str = ""  # the hash of its entry in an adopted ledger
 
@@ -99,6 +100,7 @@ class Account:
                 charge=charge,
                 adapter=body["adapter"],
                 time=time,
+                hash=entry.hash,
                 out=out,
                 origin=body.get("origin", ""),
             )

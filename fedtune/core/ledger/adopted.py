@@ -2,8 +2,8 @@
 it.
 
     adopted.json    in the membership's state folder: number and hash of each entry of that ledger,
-                    and of each for which a restore of it had charged; and the entry of the
-                    hospital's ledger at which the adoption was complete; 0600
+                    and of each for which a restore of it had charged (these also by themselves);
+                    and the entry of the hospital's ledger at which the adoption was complete; 0600
 
 A coordinator stores the newest receipt of each site by the site's public key, which an adoption
 does not change, and sends it with each order of its next studies. Until this membership has
@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
@@ -52,16 +52,18 @@ PUT_BACK = (
 )
 
 
-def note_adopted(state: Path, known: Collection[Head], at: Head) -> None:
+def note_adopted(state: Path, known: Collection[Head], settled: Collection[Head], at: Head) -> None:
     """Write down which entries the ledger in a state folder accounts for, before the ledger is
     taken away.
 
     - state: the state folder
     - known: number and hash of each entry that the ledger has, or for which a restore charged
+    - settled: the latter alone
     - at: the newest entry of the hospital's ledger, which has all its charges then
 
     Errors: InfrastructureError."""
-    content = {"heads": sorted(map(list, known)), "at": list(at)}
+    heads = {"heads": sorted(map(list, known)), "settled": sorted(map(list, settled))}
+    content = {**heads, "at": list(at)}
     replace(state / ADOPTED, canonical(content), private=True)
 
 
@@ -78,7 +80,7 @@ def check_has_adopted(state: Path, home: Ledger | None) -> None:
     Errors: LedgerError."""
     if not (state / ADOPTED).exists():
         return
-    _, at = _read(state / ADOPTED)
+    at = _read(state / ADOPTED).at
     if home is None or not home.has_entry(at):
         where = home.folder if home else "the hospital's home"
         raise LedgerError(
@@ -95,7 +97,7 @@ def check_has_adopted(state: Path, home: Ledger | None) -> None:
 
 def has_noted(state: Path, head: Head) -> bool:
     """Return whether `note_adopted` named an entry of the ledger that was in a state folder."""
-    return (state / ADOPTED).exists() and head in _read(state / ADOPTED)[0]
+    return (state / ADOPTED).exists() and head in _read(state / ADOPTED).known
 
 
 def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) -> bool:
@@ -110,11 +112,13 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) ->
     if not (state / ADOPTED).exists():
         return False
     key = SigningKey.at(state / KEY)
-    head = head_in(opened_token(key, receipt.get("token")), key.public)
+    statement = opened_token(key, receipt.get("token"))
+    head = head_in(statement, key.public)
     if head is None or not is_countersigned(receipt, coordinator):
         return False
-    known, _ = _read(state / ADOPTED)
-    if head not in known:
+    note = _read(state / ADOPTED)
+    newest = [Head(*each) for each in statement.get("charged", ())][:1]
+    if head not in note.known and note.settled.isdisjoint(newest):
         raise LedgerError(
             f"{state}: the ledger that the hospital's ledger adopted had been put back: the "
             f"coordinator holds a receipt for its entry {head.seq}, which was not in it, so that "
@@ -125,14 +129,24 @@ def is_for_adopted(state: Path, receipt: Mapping[str, Any], coordinator: str) ->
     return True
 
 
-def _read(path: Path) -> tuple[set[Head], Head]:
+class _Note(NamedTuple):
+    known: set[Head]
+    settled: set[Head]
+    at: Head
+
+
+def _read(path: Path) -> _Note:
     """Read what `note_adopted` wrote. Errors: LedgerError."""
     try:
         content = json.loads(
             reading.content(path, "a note of an adopted ledger", PUT_BACK, LedgerError)
         )
-        heads = {Head(int(seq), str(hash_)) for seq, hash_ in content["heads"]}
-        seq, hash_ = content["at"]
-        return heads, Head(int(seq), str(hash_))
+        heads, settled = _heads(content["heads"]), _heads(content.get("settled", []))
+        (at,) = _heads([content["at"]])
+        return _Note(heads, settled, at)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise LedgerError(f"{path}: damaged", "the note as it was written", PUT_BACK) from None
+
+
+def _heads(pairs: list[list[Any]]) -> set[Head]:
+    return {Head(int(seq), str(hash_)) for seq, hash_ in pairs}

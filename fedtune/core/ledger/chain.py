@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -46,7 +47,6 @@ from fedtune.core.ledger.files import (
     KEY,
     NEW,
     RECEIPT,
-    RECENT,
     RESTORE,
     SALT,
     Costliest,
@@ -59,6 +59,7 @@ from fedtune.core.ledger.files import (
     Paid,
     ReceiptLog,
     Sent,
+    choose_charged,
     encode_anchor,
     prepare,
     read_anchor,
@@ -77,6 +78,7 @@ FORMATS = 1000  # a larger number is a flipped bit: the entries are verified ins
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
 WITH_RECEIPTS = 1  # PRAGMA application_id, once a coordinator's receipt was stored beside it
 START = "0" * 64  # prev of the first entry
+CHARGING = ("reserve", "restore")  # the kinds of entries that charge
 SCHEMA = (
     f"PRAGMA user_version = {FORMAT}",
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, body BLOB NOT NULL, "
@@ -111,9 +113,9 @@ def find_costliest(kind: str, body: Mapping[str, Any]) -> Costliest:
 
 
 def _charges_in(kind: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List the charges of an entry. Two kinds have any: "reserve", for a round or for one charge of
-    an adopted ledger, and "restore", for all that a restore had to charge. kind, body: the
-    entry's."""
+    """List the charges of an entry. Two kinds have any (CHARGING): "reserve", for a round or for
+    one charge of an adopted ledger, and "restore", for all that a restore had to charge. kind,
+    body: the entry's."""
     if kind == "restore":
         return list(body["charges"])
     return [body["charge"]] if kind == "reserve" else []
@@ -226,6 +228,8 @@ class Transaction:
         - body: its fields, to which the time is added
         - seq: its number, where a restore leaves out some numbers; None: the next one"""
         body = {**body, "time": int(time.time())}
+        if kind in CHARGING:  # no two charges have one hash, also not those of two branches
+            body["nonce"] = secrets.token_hex(8)
         packed = canonical(body)
         prev = self.head.hash if self.head else START
         assert self._key is not None  # None: for reading alone
@@ -277,7 +281,8 @@ class Database:
         self._mutex = threading.RLock()
         self._head: Head | None = None
         self._paid, self._costliest = Paid(), Costliest()  # of all entries up to `_head`
-        self._settled: set[Head] = set()  # lost entries that a restore charged for
+        self._charging: list[Head] = []  # those of these entries that charge
+        self.settled: set[Head] = set()  # lost entries that a restore charged for
         with named(folder):
             prepare(folder)
             self.key = SigningKey.at(folder / KEY)
@@ -348,7 +353,7 @@ class Database:
             if entry.seq == 0:
                 check_first(self.path, entry, self.key.public, self.salt)
             if entry.kind == "restore":
-                self._settled |= {Head(*pair) for pair in entry.body["settled"]}
+                self.settled |= {Head(*pair) for pair in entry.body["settled"]}
             try:
                 self._fold(entry)
                 paid = self._paid.plus(count_paid(entry.kind, entry.body))
@@ -359,6 +364,8 @@ class Database:
                     todo="use the version of fedtune that wrote it, or a newer one",
                 ) from None
             self._head, self._paid, self._costliest = head, paid, costliest
+            if entry.kind in CHARGING:
+                self._charging.append(head)
         if last is None:
             raise _build_damaged_error(self.path, "entries were taken out")
         check_signature(self.path, self.key.public, *last)
@@ -382,7 +389,7 @@ class Database:
                 raise LedgerError(
                     f"{path}: cut short, edited, or signed by another key", todo=RESTORE
                 )
-            if anchor == Mark(head, self._paid, self._costliest):
+            if anchor == self._mark():
                 return
             if not self.names(connection, anchor.head):
                 raise LedgerError(
@@ -392,41 +399,52 @@ class Database:
                 )
         elif head.seq > 0 or not (self.folder / NEW).exists():
             raise LedgerError(f"{path}: missing", todo=RESTORE)
-        self._write_anchor(connection, read_named(path, self.key.public))
+        self._write_anchor(read_named(path, self.key.public))
 
-    def _write_anchor(self, connection: sqlite3.Connection, named: Named) -> None:
-        named = named._replace(recent=list_recent(connection))
+    def _write_anchor(self, named: Named) -> None:
         anchor = encode_anchor(self.key, self.statement(), named)
         replace(self.folder / HEAD, anchor, private=True)
 
-    def note_sent(self, connection: sqlite3.Connection, coordinator: str, membership: str) -> None:
+    def note_sent(self, coordinator: str, membership: str) -> None:
         """Note in the anchor that a coordinator is sent the newest entry's head: if the entry is
-        lost, a restore charges for it and then knows the coordinator's receipt.
+        lost, a restore charges for it and then knows the coordinator's receipt. Call this in a
+        transaction (`writing`).
 
-        - connection: in a transaction
         - coordinator: its public key, in hexadecimal
         - membership: the membership of a hospital that sends the head; "" for a site with a ledger
           of its own"""
         named = read_named(self.folder / HEAD, self.key.public)
         after = named.with_sent(Sent(coordinator, membership, *self.head))
         if after != named:
-            self._write_anchor(connection, after)
+            self._write_anchor(after)
 
     def statement(self) -> dict[str, Any]:
         """Return the signed statement of the newest entry, and of what was charged up to it."""
-        return state(self.key, self.head, self._paid, self._costliest)
+        return state(self.key, self._mark())
+
+    def _mark(self) -> Mark:
+        return Mark(self.head, self._paid, self._costliest, choose_charged(self._charging))
 
     def names(self, connection: sqlite3.Connection, head: Head) -> bool:
         """Return whether the entry `head` is accounted for: the ledger has it, or it was lost and a
         restore names it among those that it charged for. A lost entry of which no file had the hash
         is not accounted for: its number alone does not tell it from an entry of another branch."""
         has_it = head.hash == Transaction(connection, None, None).hash_at(head.seq)
-        return has_it or head in self._settled
+        return has_it or head in self.settled
+
+    def accounts_for(self, connection: sqlite3.Connection, mark: Mark) -> bool:
+        """Return whether all that was charged up to a mark's entry is in this ledger: the entry is
+        accounted for (`names`), or a restore charged for the newest entry up to it that charged."""
+        return self.names(connection, mark.head) or self.is_settled(mark)
+
+    def is_settled(self, mark: Mark) -> bool:
+        """Return whether a restore charged for the newest entry up to a mark's that charged."""
+        return bool(mark.charged) and mark.charged[0] in self.settled
 
     def list_known(self, connection: sqlite3.Connection) -> set[Head]:
         """List number and hash of each entry that is accounted for (`names`)."""
         entries = connection.execute("SELECT seq, hash FROM entries")
-        return {Head(*row) for row in entries} | self._settled
+        return {Head(*row) for row in entries} | self.settled
 
     def note_receipts(self, connection: sqlite3.Connection) -> None:
         """Note in the database, if the file of receipts exists and this is not noted yet, that it
@@ -450,19 +468,13 @@ class Database:
         if not (receipts.every or path.exists()) and has_receipts(connection):
             raise LedgerError(f"{path}: missing", todo=f"put it back, damaged or not; or {RESTORE}")
         for receipt in receipts.every:
-            if not self.names(connection, receipt.head):
+            if not self.accounts_for(connection, receipt.mark):
                 raise LedgerError(
                     f"{self.path}: the ledger was rolled back: {receipt.evidence}, which is not in "
                     "it",
                     todo=RESTORE,
                 )
         return receipts
-
-
-def list_recent(connection: sqlite3.Connection) -> tuple[Head, ...]:
-    """Return the newest entries, at most RECENT, which the anchor names."""
-    query = "SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT ?"
-    return tuple(Head(*row) for row in connection.execute(query, (RECENT,)))
 
 
 def has_receipts(connection: sqlite3.Connection) -> bool:

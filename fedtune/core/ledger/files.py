@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,9 +40,11 @@ OUTBOX = "outbox"
 STEPS = "steps.jsonl"
 ASKED = "asked"  # folder beside a ledger: a file (0600) for each draw that waits for a person
 BOUNDS = ">ddQ"  # how a token holds the fields of Costliest
+ENTRY = ">Q32s"  # how a token holds the number and the hash of an entry
 HERE = "this machine"  # in place of a coordinator's key: the head is one that this machine noted
-RECENT = 64  # how many of the newest entries the anchor names
 SENT = 2  # how many of the heads that a coordinator was sent the anchor names
+CHARGED = 32  # how many of the newest charging entries a statement names
+FURTHER = 16  # and how many older ones, each at twice the distance of the one before
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
@@ -116,11 +118,30 @@ class Mark(NamedTuple):
 
     - head: the entry
     - paid: how much was charged; None if an older release signed the head
-    - costliest: what a step of it cost at most; None if an older release signed the head"""
+    - costliest: what a step of it cost at most; None if an older release signed the head
+    - charged: entries up to this one that charge (`choose_charged`), newest first. By them a
+      restore knows an entry that this one's chain has in common with another chain"""
 
     head: Head
     paid: Paid | None
     costliest: Costliest | None = None
+    charged: tuple[Head, ...] = ()
+
+
+def choose_charged(charging: Sequence[Head]) -> tuple[Head, ...]:
+    """Choose the entries that a statement of the newest one names: the newest CHARGED entries that
+    charge, and older ones at distances that double, at most FURTHER, newest first. The distance is
+    counted in entries that charge, since others follow from people, and no price may tell how many
+    there were.
+
+    charging: the entries of a chain that charge, oldest first
+
+    >>> [head.seq for head in choose_charged([Head(seq, "") for seq in range(100)])][-3:]
+    [69, 68, 36]
+    """
+    places = (len(charging) - CHARGED * 2**power for power in range(1, FURTHER + 1))
+    older = (charging[place] for place in places if place >= 0)
+    return (*reversed(charging[-CHARGED:]), *older)
 
 
 def signed_head(seq: int, hash_: str) -> bytes:
@@ -129,24 +150,31 @@ def signed_head(seq: int, hash_: str) -> bytes:
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
 
 
-def signed_paid(head: Head, paid: Paid, costliest: Costliest | None) -> bytes:
-    """Return the bytes that the site signs to state what was charged up to the entry `head`. They
-    have a signature of their own, so that older releases, which do not know them, still read the
-    head. costliest: None for the bytes that an older release signed."""
-    about = {"ledger_hash": head.hash, "ledger_seq": head.seq}
-    bounds = costliest._asdict() if costliest is not None else {}
-    return canonical({**about, "ledger_steps": paid.steps, "ledger_bare": paid.bare, **bounds})
+def signed_paid(mark: Mark) -> bytes:
+    """Return the bytes that the site signs to state what was charged up to the entry `mark.head`.
+    They have a signature of their own, so that older releases, which do not know them, still read
+    the head. mark: with counts (`paid`); without `costliest` or `charged` for the bytes that an
+    older release signed."""
+    assert mark.paid is not None
+    about = {"ledger_hash": mark.head.hash, "ledger_seq": mark.head.seq}
+    counts = {"ledger_steps": mark.paid.steps, "ledger_bare": mark.paid.bare}
+    return canonical({**about, **counts, **_fields_beside(mark)})
 
 
-def state(key: SigningKey, head: Head, paid: Paid, costliest: Costliest) -> dict[str, Any]:
+def _fields_beside(mark: Mark) -> dict[str, Any]:
+    bounds = mark.costliest._asdict() if mark.costliest is not None else {}
+    return bounds | ({"charged": [[*head] for head in mark.charged]} if mark.charged else {})
+
+
+def state(key: SigningKey, mark: Mark) -> dict[str, Any]:
     """Return the signed statement of a ledger's newest entry, and of what was charged up to it: the
     content of the anchor file. key: the ledger's signing key."""
     return {
-        **head._asdict(),
-        "signature": key.sign(signed_head(*head)),
-        **paid._asdict(),
-        **costliest._asdict(),
-        "paid_signature": key.sign(signed_paid(head, paid, costliest)),
+        **mark.head._asdict(),
+        "signature": key.sign(signed_head(*mark.head)),
+        **(mark.paid or Paid())._asdict(),
+        **_fields_beside(mark),
+        "paid_signature": key.sign(signed_paid(mark)),
     }
 
 
@@ -162,21 +190,19 @@ class Sent(NamedTuple):
     seq: int
     hash: str
 
+    @property
+    def head(self) -> Head:
+        return Head(self.seq, self.hash)
+
 
 class Named(NamedTuple):
     """Earlier entries that the anchor names beside the newest one. All are of the same chain, so
     what a restore charges for the anchor's entry is charged for them, too.
 
-    - recent: the newest entries, at most RECENT
-    - sent: the newest heads that each coordinator was sent, by membership, at most SENT of each;
-      oldest first"""
+    sent: the newest heads that each coordinator was sent, by membership, at most SENT of each;
+    oldest first"""
 
-    recent: tuple[Head, ...] = ()
     sent: tuple[Sent, ...] = ()
-
-    @property
-    def heads(self) -> list[Head]:
-        return [*self.recent, *(Head(each.seq, each.hash) for each in self.sent)]
 
     def with_sent(self, new: Sent) -> Named:
         """Return these entries with a head added that a coordinator is sent."""
@@ -192,7 +218,7 @@ def encode_anchor(key: SigningKey, statement: Mapping[str, Any], named: Named) -
     - key: the ledger's signing key
     - statement: the signed statement of the ledger's newest entry (`state`)
     - named: the earlier entries that it names"""
-    listed = {"recent": list(map(list, named.recent)), "sent": list(map(list, named.sent))}
+    listed = {"sent": list(map(list, named.sent))}
     signature = key.sign(_signed_names(statement["hash"], listed))
     return canonical({**statement, "named": listed, "named_signature": signature})
 
@@ -225,22 +251,24 @@ def mark_in(statement: Any, public: str, head: Head) -> Mark:
     then has none, or if the key `public` did not sign them; a restore then counts entries, and
     charges no less."""
     try:
-        paid, costliest = counts_of(statement)
-        is_whole = all(type(count) is int for count in paid)
-        signed = signed_paid(head, paid, costliest)
-        if is_whole and verifies(public, signed, statement["paid_signature"]):
-            return Mark(head, paid, costliest)
+        mark = counts_of(statement, head)
+        is_whole = all(type(count) is int for count in mark.paid or ())
+        if is_whole and verifies(public, signed_paid(mark), statement["paid_signature"]):
+            return mark
     except (ValueError, TypeError, KeyError):
         pass
     return Mark(head, None)
 
 
-def counts_of(statement: Mapping[str, Any]) -> tuple[Paid, Costliest | None]:
-    """Return what a statement, or a token that was opened, says was charged, without a check of who
-    signed it. Errors: KeyError if it has no counts, as that of an older release."""
+def counts_of(statement: Mapping[str, Any], head: Head) -> Mark:
+    """Return what a statement of the entry `head`, or a token that was opened, says was charged,
+    without a check of who signed it. Errors: KeyError if it has no counts, as that of an older
+    release."""
     paid, bounds = Paid(statement["steps"], statement["bare"]), Costliest._fields
     named = all(name in statement for name in bounds)
-    return paid, Costliest(*(statement[name] for name in bounds)) if named else None
+    costliest = Costliest(*(statement[name] for name in bounds)) if named else None
+    charged = tuple(Head(*each) for each in statement.get("charged", ()))
+    return Mark(head, paid, costliest, charged)
 
 
 def sealed_token(
@@ -264,10 +292,24 @@ def sealed_token(
     head = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}"
     counts = f"{statement['steps']:012d}{statement['bare']:012d}"
     bounds = struct.pack(BOUNDS, *(statement[name] for name in Costliest._fields)).hex()
-    text = f"{head}{audit:>80}{counts}{bounds}".encode()
+    text = f"{head}{audit:>80}{counts}{bounds}".encode() + _pack_entries(
+        statement.get("charged", ())
+    )
     nonce = os.urandom(12)
     cipher = AESGCM(key.derive("ledger token"))
     return (nonce + cipher.encrypt(nonce, text, membership.encode() or None)).hex()
+
+
+def _pack_entries(charged: Sequence[Sequence[Any]]) -> bytes:
+    """Return the number and hash of each entry, as bytes of constant length: entries that are not
+    there are zeros."""
+    packed = b"".join(struct.pack(ENTRY, seq, bytes.fromhex(hash_)) for seq, hash_ in charged)
+    return packed.ljust((CHARGED + FURTHER) * struct.calcsize(ENTRY), b"\0")
+
+
+def _unpack_entries(packed: bytes) -> list[list[Any]]:
+    entries = ([seq, hash_.hex()] for seq, hash_ in struct.iter_unpack(ENTRY, packed))
+    return [entry for entry in entries if int(entry[1], 16)]
 
 
 def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
@@ -285,7 +327,8 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
     for membership in memberships or ("",):
         with suppress(ValueError, InvalidTag, struct.error):
             raw, bound = bytes.fromhex(str(token)), membership.encode() or None
-            text = cipher.decrypt(raw[:12], raw[12:], bound).decode()
+            opened = cipher.decrypt(raw[:12], raw[12:], bound)
+            text, entries = opened[:356].decode(), opened[356:]
             statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
             counts = dict[str, Any]()
             if text[284:]:
@@ -293,6 +336,7 @@ def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str,
             if text[308:]:
                 bounds = struct.unpack(BOUNDS, bytes.fromhex(text[308:]))
                 counts |= zip(Costliest._fields, bounds, strict=True)
+                counts["charged"] = _unpack_entries(entries)
             audit = text[204:284].strip()
             return statement | {"audit": audit, "membership": membership} | counts
     return {}
@@ -336,8 +380,7 @@ def read_named(path: Path, public: str) -> Named:
         listed = content["named"]
         if not verifies(public, _signed_names(content["hash"], listed), content["named_signature"]):
             return Named()
-        recent = tuple(Head(*each) for each in listed["recent"])
-        return Named(recent, tuple(Sent(*each) for each in listed["sent"]))
+        return Named(tuple(Sent(*each) for each in listed["sent"]))
     except (ValueError, TypeError, KeyError, RecursionError):
         return Named()
 
@@ -347,10 +390,10 @@ def read_noted(statement: Any, public: str) -> Receipt | None:
     was altered, or the key `public` did not sign it, as where another ledger was there."""
     if (head := head_in(statement, public)) is None:
         return None
-    _, paid, costliest = mark_in(statement, public, head)
-    by = statement["paid_signature"] if paid else ""
+    mark = mark_in(statement, public, head)
+    by = statement["paid_signature"] if mark.paid else ""
     account = str(statement.get("account", ""))
-    return Receipt(HERE, head, statement["signature"], paid, by, costliest, account)
+    return Receipt(HERE, mark, statement["signature"], by, account)
 
 
 def _content(path: Path) -> bytes:
@@ -362,30 +405,27 @@ class Receipt(NamedTuple):
     outside the ledger's folder.
 
     - coordinator: the public key of the coordinator that countersigned, or HERE
-    - head: the entry, by its number and hash
+    - mark: the entry, and what was charged up to it
     - signature: this site's own signature of the head
-    - paid, costliest: what was charged up to the head, as in `Mark`; None if an older release made
-      the token
-    - paid_signature: this site's own signature of the two; "" if `paid` is None
+    - paid_signature: this site's own signature of what was charged; "" if an older release made the
+      token, which then does not say it
     - membership: the membership of a hospital that sent the head; "" for a site with a ledger of
       its own. For a note of this machine: the id of the account's notes"""
 
     coordinator: str
-    head: Head
+    mark: Mark
     signature: str
-    paid: Paid | None = None
     paid_signature: str = ""
-    costliest: Costliest | None = None
     membership: str = ""
+
+    @property
+    def head(self) -> Head:
+        return self.mark.head
 
     @property
     def holder(self) -> tuple[str, str]:
         """Who sends it: each holder's newest one is kept."""
         return self.coordinator, self.membership
-
-    @property
-    def mark(self) -> Mark:
-        return Mark(self.head, self.paid, self.costliest)
 
     @property
     def evidence(self) -> str:
@@ -403,10 +443,10 @@ class Receipt(NamedTuple):
         """The receipt as it is stored, for `head_in` and `mark_in` to read."""
         row = {"coordinator": self.coordinator, **self.head._asdict(), "signature": self.signature}
         row |= {"membership": self.membership} if self.membership else {}
-        if self.paid is None:
+        if self.mark.paid is None:
             return row
-        bounds = self.costliest._asdict() if self.costliest is not None else {}
-        return {**row, **self.paid._asdict(), **bounds, "paid_signature": self.paid_signature}
+        counts = {**self.mark.paid._asdict(), **_fields_beside(self.mark)}
+        return {**row, **counts, "paid_signature": self.paid_signature}
 
 
 class ReceiptLog(NamedTuple):
@@ -453,11 +493,10 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
             for row in content[name]:
                 if (head := head_in(row, public)) is None:
                     return None
-                _, paid, costliest = mark_in(row, public, head)
-                by = row["paid_signature"] if paid else ""
-                given = str(row["coordinator"]), head, row["signature"]
-                membership = str(row.get("membership", ""))
-                receipts.append(Receipt(*given, paid, by, costliest, membership))
+                mark = mark_in(row, public, head)
+                by = row["paid_signature"] if mark.paid else ""
+                given, membership = str(row["coordinator"]), str(row.get("membership", ""))
+                receipts.append(Receipt(given, mark, row["signature"], by, membership))
             lists.append(tuple(receipts))
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

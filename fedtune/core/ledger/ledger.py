@@ -75,6 +75,7 @@ from fedtune.core.ledger.files import (
     RECEIPT,
     Head,
     LedgerError,
+    Mark,
     NoRoom,
     Receipt,
     counts_of,
@@ -367,6 +368,11 @@ class Ledger:
         """Return whether the entry `head` is in this ledger itself."""
         with self._store.writing() as reader:
             return reader.hash_at(head.seq) == head.hash
+
+    def hash_of(self, reservation: int) -> str:
+        """Return the hash of the entry that charged a round, for the step log's line of it.
+        reservation: the entry's number (`reserve`). Errors: KeyError if it charged none."""
+        return self._account.reserved[reservation].hash
 
     def accounts_for(self, head: Head) -> bool:
         """Return whether this ledger has the entry `head`, or a restore that lost it was given its
@@ -790,10 +796,10 @@ class Ledger:
         - audit: the head of the site's audit log, as "SEQ:HASH"; "" if the log is empty
         - membership: the membership of a hospital that sends the token; "" for a site with a ledger
           of its own"""
-        with self._store.writing() as reader:
+        with self._store.writing():
             # Without the note, a restore only charges more. A full disk must not end the answer.
             with suppress(OSError, InfrastructureError):
-                self._store.note_sent(reader.sql, coordinator, membership)
+                self._store.note_sent(coordinator, membership)
             statement = self._store.statement()
         return {"token": sealed_token(self.key, statement, audit, membership)}
 
@@ -824,13 +830,12 @@ class Ledger:
                 todo="run the round again; if the error comes again, this is not the coordinator "
                 "that sent the plan",
             )
-        membership = str(statement["membership"])
-        new = Receipt(coordinator_public, head, str(statement["signature"]), membership=membership)
+        mark, signature = Mark(head, None), ""
         if "steps" in statement:  # signed here: the token is encrypted by this site, as a whole
-            paid, costliest = counts_of(statement)
-            signature = self.key.sign(signed_paid(head, paid, costliest))
-            new = new._replace(paid=paid, paid_signature=signature, costliest=costliest)
-        self._store_receipt(new)
+            mark = counts_of(statement, head)
+            signature = self.key.sign(signed_paid(mark))
+        membership, by = str(statement["membership"]), str(statement["signature"])
+        self._store_receipt(Receipt(coordinator_public, mark, by, signature, membership))
         return str(statement["audit"])
 
     def accept_noted(self, statement: Any) -> None:
@@ -848,7 +853,7 @@ class Ledger:
         """Store a receipt, if it is the newest of its coordinator. Errors: LedgerError if the
         ledger lacks the entry that it is for; it is stored then, too."""
         with self._store.writing() as writer:
-            after = writer.receipts.plus(new, self._store.names(writer.sql, new.head))
+            after = writer.receipts.plus(new, self._store.accounts_for(writer.sql, new.mark))
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
                 self._store.note_receipts(writer.sql)

@@ -1,51 +1,39 @@
 """Back up the ledger, and restore it so that lost entries are charged conservatively.
 
-Guarantee: a restored ledger charges at least what was spent.
-1. The restored ledger continues a base: the longest chain of entries that verifies, which is that
-   of the backup or that of the folder itself. Entries that stand beside it are of a branch: the
-   folder went on from an earlier copy of itself. They are those of the other of these two chains
-   if the base lacks its newest entry, and rows of the old database, up to the base's last number,
-   that the site signed and the base lacks. Their charges are entered as they are, and their
-   decisions count as those of all rows.
-2. Steps in the step log that neither charged are charged, whole rounds at a time.
-3. The anchor (the file that names the newest entry) and the receipts hold how many noised steps
-   were charged up to the entry that they name, and the smallest σ, the largest q (sampling rate)
-   and the largest k (rows of a unit in a step) of them. Each of these steps that neither the base
-   nor the step log has is charged with the smallest σ, and the largest q and k, that they or the
-   known charges have. An entry that is newer than the anchor and all receipts is charged by its row
-   in the old database. If that row cannot be read, it is charged as a round, with as many steps as
-   the longest round that is known. An anchor or a receipt of an older release holds no counts:
-   entries that only such a file names are charged in the same way, by their rows or as rounds.
-| case                                                      | the charge                      |
-| no anchor, no coordinator's receipt, and no step log as   | exhausted: charged as σ = 0,    |
-| old as the base                                           | whatever this machine noted     |
-| lost steps, but no round known to price them              | exhausted                       |
-| a lost charge without noise that the step log lacks       | exhausted                       |
-| the step log is behind the base, and charges are lost     | exhausted: both logs are damaged |
-Once a row shows that the old database parted from the base before the base's end, the counts of
-anchor and receipts start there. If no row of that branch can be read, nothing on disk tells it from
-entries that follow the base, and its charges up to the base's last number may be missing.
-Receipts for entries of lost branches are summed over their holders (a coordinator by membership, or
-this account's notes), since two holders may have entries of two branches.
-Why step 3 counts all that was spent: two kinds of entries charge, "reserve" (a round, or a charge
-of an adopted ledger) and "restore", and the counts hold the charges of both in full. What was
-charged between the base and a later entry of its chain is the difference of their counts. Each of
-these steps is either among those that step 2 took from the log, or in the remainder, which step 3
-charges. The steps that the log shows are subtracted only from the count of an anchor that names the
-newest entry. If the anchor is missing or was put back, or if a receipt is of a branch that was
-rolled back, the log may show other steps than those that the receipt counts. Steps are counted in
+Guarantee: a restored ledger charges at least what was spent, as far as any file named below shows.
+1. It continues a base: the longest chain of entries that verifies, which is that of the backup or
+   that of the folder itself.
+2. Each entry beside the base that the site signed is charged as it is: those of the other one of
+   these two chains, and each row that can be read of the old database.
+3. Each line of the step log names the ledger's entry that charged the attempt. If neither the base
+   nor step 2 has that entry, the steps of the line are charged.
+4. Marks are signed statements of an entry: the anchor (the file that names the newest entry), the
+   receipts of coordinators, and what this machine noted outside the folder. A mark says what its
+   chain had charged up to the entry, in noised steps; the smallest σ, the largest q (sampling rate)
+   and the largest k (rows of a unit in a step) of them; and it names entries of its chain that
+   charged. If the base lacks a mark's entry, everything that its chain charged after the newest of
+   the named entries that is covered is charged at these bounds, less what steps 2 and 3 charged for
+   entries that the mark names. If none of them is covered, everything that the chain ever charged
+   is charged.
+An entry is covered if the new ledger charges everything that its chain had charged up to it: the
+entries of the two chains of steps 1 and 2, and the newest charging entry of each mark, once it was
+charged for, here or in an earlier restore. Only hashes decide which chain an entry is of, so
+entries of branches (the folder was put back to an earlier copy of itself, and went on) are told
+apart however many there are. Nothing is subtracted but charges whose entry's hash the mark names.
+| case                                                         | the charge                    |
+| there is no anchor                                           | exhausted: charged as σ = 0   |
+| a lost charge without noise                                  | exhausted                     |
+| a mark of an older release, which does not say what was      | exhausted                     |
+| charged or what a step cost                                  |                               |
+Why it counts all that was spent: two kinds of entries charge, "reserve" (a round, or a charge of an
+adopted ledger) and "restore", and the counts hold the charges of both in full. Steps are counted in
 place of rounds, since one charge of an earlier restore holds the steps of many rounds.
 Why it charges no more for withdrawals, arrivals, declarations and signatures, which also are
-entries: a count holds none of them, so ε after a restore does not tell how many were lost. Where
-there are no counts, ε still does, and a charge of an adopted ledger that stands for several rounds
-then counts as one, if it is lost.
-Restored charges count against every dataset. A receipt for a lost entry is recognised as charged if
-anchor, receipts or rows held the entry's hash: the anchor names the newest entries, and the last
-that each coordinator was sent. The numbers of lost entries are never used again. If the step log is
-complete, step 2 alone covers every update that left the site. If log and ledger were rolled back
-together, and an older release signed the newest anchor or receipt, step 3 assumes that no lost
-round cost more than the costliest one known. No other process of the site may train during a
-restore.
+entries: a mark counts none of them, and names none of them, so ε after a restore does not tell how
+many were lost.
+Restored charges count against every dataset. A receipt is recognised as charged if a restore was
+given its entry's hash, or that of the newest entry up to it that charged. The numbers of lost
+entries are never used again. No other process of the site may train during a restore.
 Withdrawals, refused answers and a freeze that the chain lacks are known to the caller (`Standing`),
 or from those rows of the old database that can still be read and that the site signed. They are
 entered in the new database before it is put in place, so that a ledger without them can never be
@@ -67,8 +55,7 @@ import json
 import os
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -81,6 +68,7 @@ from fedtune.core.files.writing import replace, sync_folder
 from fedtune.core.ledger.account import NOT_PRIVATE
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.chain import (
+    CHARGING,
     SCHEMA,
     Entry,
     Transaction,
@@ -94,7 +82,6 @@ from fedtune.core.ledger.chain import (
     find_costliest,
     first_body,
     has_receipts,
-    list_recent,
     mark_receipts,
     named,
     signed_entry,
@@ -112,7 +99,6 @@ from fedtune.core.ledger.entries import (
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
-    HERE,
     KEY,
     NEW,
     RECEIPT,
@@ -127,6 +113,7 @@ from fedtune.core.ledger.files import (
     Paid,
     Receipt,
     ReceiptLog,
+    choose_charged,
     encode_anchor,
     read_anchor,
     read_named,
@@ -152,10 +139,7 @@ class _Base:
       unit then has another hash than before
     - beside: the shorter one of the backup's chain and the folder's, if this one lacks its newest
       entry: the folder was put back to an earlier copy of itself, and went on. None: there is none
-    - rows_beside: the rows of the old database, up to this chain's last number, that the site
-      signed and that neither chain has
-    - parted_at: the number of the entry after which the old database went another way, 0 if no row
-      says it; None: no row shows that it did"""
+    - rows_beside: the rows of the old databases that the site signed and that neither chain has"""
 
     path: Path | None
     salt: bytes
@@ -163,7 +147,6 @@ class _Base:
     is_salt_lost: bool = False
     beside: _Base | None = None
     rows_beside: list[Entry] = field(default_factory=list)
-    parted_at: int | None = None
 
     @property
     def head(self) -> Head:
@@ -199,6 +182,22 @@ class _Base:
         return heads
 
     @property
+    def covered(self) -> dict[Head, Paid]:
+        """Each charging entry of which it is known that everything its chain had charged up to it
+        is charged here or beside it -> how much that was."""
+        found = dict[Head, Paid]()
+        for entries in (self.entries, self.beside.entries if self.beside else []):
+            total = Paid()
+            for entry in entries:
+                total = total.plus(count_paid(entry.kind, entry.body))
+                if entry.kind in CHARGING:
+                    found[Head(entry.seq, entry.hash)] = total
+                if entry.kind == "restore":
+                    for seq, hash_, steps, bare in entry.body.get("covered", ()):
+                        found[Head(seq, hash_)] = Paid(steps, bare)
+        return found
+
+    @property
     def costliest(self) -> Costliest:
         """Bounds on what a step costs that the chain charged with noise."""
         found = Costliest()
@@ -206,12 +205,17 @@ class _Base:
             found = found.plus(find_costliest(entry.kind, entry.body))
         return found
 
-    def paid(self, seq: int) -> Paid:
-        """Return what the chain's entries up to number `seq` charge."""
+    @property
+    def charging(self) -> list[Head]:
+        """The entries that charge, oldest first."""
+        return [Head(entry.seq, entry.hash) for entry in self.entries if entry.kind in CHARGING]
+
+    @property
+    def paid(self) -> Paid:
+        """What the chain's entries charge."""
         total = Paid()
         for entry in self.entries:
-            if entry.seq <= seq:
-                total = total.plus(count_paid(entry.kind, entry.body))
+            total = total.plus(count_paid(entry.kind, entry.body))
         return total
 
     @property
@@ -230,26 +234,9 @@ class _Base:
         acts = [entry.kind for entry in self.entries if entry.kind in ("freeze", "lift")]
         return acts[-1:] == ["freeze"]
 
-    @property
-    def released(self) -> Counter[tuple[Any, ...]]:
-        """How many noised steps the chain charged for rounds whose updates were released, for each
-        kind of round. The keys are those of `_round_key`: (study, round, σ, sampling rate, records
-        per unit, clipping norm, unit)."""
-        rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
-        total: Counter[tuple[Any, ...]] = Counter()
-        for entry in self.entries:
-            if entry.kind == "release" and rows[entry.body["reservation"]].noise_multiplier > 0:
-                charge = rows[entry.body["reservation"]]
-                total[_round_key(charge)] += charge.steps
-        return total
-
     def has(self, head: Head) -> bool:
         """Return whether an entry is in this chain itself."""
         return any((entry.seq, entry.hash) == head for entry in self.entries)
-
-    def accounts_for(self, head: Head) -> bool:
-        """Return whether this chain or the one beside it holds an entry."""
-        return self.holds(head) or (self.beside is not None and self.beside.holds(head))
 
     def holds(self, head: Head) -> bool:
         """Return whether this chain holds an entry, or an earlier restore in it names the entry
@@ -264,6 +251,20 @@ def _charges_of(entries: list[Entry]) -> list[Charge]:
         if entry.kind == "restore":
             charges += [Charge.read(charge) for charge in entry.body["charges"]]
     return charges
+
+
+def _list_entered(entries: list[Entry]) -> dict[str, int]:
+    """Return the hash of each entry that is charged by itself in `entries`, or by a restore in them
+    -> how many steps are charged for it. A charge of an adopted ledger also counts under the hash
+    that its entry had there."""
+    found = dict[str, int]()
+    for entry in entries:
+        if entry.kind == "reserve":
+            steps = int(entry.body["charge"]["steps"])
+            found |= dict.fromkeys({entry.hash, entry.body.get("origin", entry.hash)}, steps)
+        elif entry.kind == "restore":
+            found |= entry.body.get("entered", {})
+    return found
 
 
 def backup(folder: Path, to: Path, key: bool) -> None:
@@ -353,24 +354,20 @@ def _restore(
     log = receipts or ReceiptLog()
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
     named = read_named(folder / HEAD, key.public) if anchor else Named()
-    heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
-    if noted is not None and noted.head not in (*heads, *named.heads):
-        # It comes beside what is stored of this machine, which the database names, too.
-        if anchor is None and base.path != folder / DATABASE:
-            log = log._replace(accepted=(*log.accepted, noted))
-        else:  # nothing shows that it is of the folder's chain, so it may be of a branch
-            log = log._replace(refused=(*log.refused, noted))
-        heads.append(noted.head)
+    marks = [receipt.mark for receipt in log.every]
+    marks += [given.mark for given in (noted,) if given is not None]
+    marks += [anchor] if anchor else []
+    heads = [mark.head for mark in marks]
     rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
     sources = [folder / DATABASE]
     if base.beside and base.beside.path and base.beside.path not in sources:
         rows = sorted([*rows, *_readable_rows(base.beside.path)], key=itemgetter(0))
         sources.append(base.beside.path)
-    rows_beside, parted_at = _rows_beside(base, rows, key.public)
-    base = dataclasses.replace(base, rows_beside=rows_beside, parted_at=parted_at)
+    base = dataclasses.replace(base, rows_beside=_rows_beside(base, rows, key.public))
     stands = _add_readable(stands, rows, key.public, base)
-    of_anchor = named.heads
-    entry_body = _restore_body(folder, base, receipts, log, anchor, of_anchor, rows, key.public)
+    entry_body = _restore_body(
+        folder, base, marks, [each.head for each in named.sent], anchor, receipts, rows, key.public
+    )
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
     if base.path is not None:
@@ -400,17 +397,18 @@ def _restore(
             writer.append("freeze", {"by": login(), "why": why})
         elif stands.frozen and not base.is_frozen:
             writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
-        named = named._replace(recent=list_recent(connection))
         connection.execute("COMMIT")
     assert writer.head is not None
     if is_frozen:
         with suppress(NotGenuine, InfrastructureError):  # of a damaged log, which counts as one too
             AuditLog(folder, key).add("freeze", "--restore", once=1)
-    paid, costliest = base.paid(base.seq), base.costliest
+    paid, costliest, charging = base.paid, base.costliest, base.charging
     for entry in writer.pending:
         paid = paid.plus(count_paid(entry.kind, entry.body))
         costliest = costliest.plus(find_costliest(entry.kind, entry.body))
-    new_anchor = encode_anchor(key, state(key, writer.head, paid, costliest), named)
+        charging += [Head(entry.seq, entry.hash)] if entry.kind in CHARGING else []
+    newest = Mark(writer.head, paid, costliest, choose_charged(charging))
+    new_anchor = encode_anchor(key, state(key, newest), named)
     _install(folder, draft, base.salt, new_anchor, receipts)
 
 
@@ -628,38 +626,16 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
     return dataclasses.replace(backup, is_salt_lost=is_lost, beside=beside)
 
 
-def _rows_beside(
-    base: _Base, rows: list[tuple[Any, ...]], public: str
-) -> tuple[list[Entry], int | None]:
-    """Return the rows, up to the base's last number, that the site signed and that neither the base
-    nor the chain beside it has, oldest first; and the number of the base's entry after which the
-    old database went another way: 0 if the row after it cannot be read, None if no row shows that
-    it did.
-
-    rows, public: as for `_restore_body`"""
+def _rows_beside(base: _Base, rows: list[tuple[Any, ...]], public: str) -> list[Entry]:
+    """Return the rows that the site signed and that neither the base nor the chain beside it has,
+    oldest first. rows, public: as for `_restore_body`"""
     known = {entry.hash for chain_ in (base, base.beside) if chain_ for entry in chain_.entries}
-    numbers = {entry.hash: entry.seq for entry in base.entries}
-    found, parted_at = dict[str, Entry](), None
+    found = dict[str, Entry]()
     for row in rows:
-        seq, kind, _, prev, hash_, _ = row
-        if hash_ in known or (body := _signed_body(row, public)) is None:
-            continue
-        if seq <= base.seq:
+        seq, kind, *_, hash_, _ = row
+        if hash_ not in known and (body := _signed_body(row, public)) is not None:
             found.setdefault(hash_, Entry(seq, kind, body, hash_))
-            parted_at = numbers.get(prev, 0) if parted_at is None else parted_at
-        elif _is_of_branch(seq, kind, body, prev, base):
-            parted_at = 0 if parted_at is None else parted_at
-    return list(found.values()), parted_at
-
-
-def _is_of_branch(seq: int, kind: str, body: dict[str, Any], prev: str, base: _Base) -> bool:
-    """Return whether an entry beyond the base shows that its chain parted from the base before the
-    base's end: by its predecessor's hash, or as a restore of a shorter chain.
-
-    seq, kind, body, prev: the entry's. base: the chain that is continued"""
-    if seq == base.seq + 1 and base.entries:
-        return prev != base.head.hash
-    return kind == "restore" and int(body["base"]) < base.seq
+    return list(found.values())
 
 
 def _salt_to_begin_with(folder: Path, public: str) -> tuple[bytes, list[Entry], bool]:
@@ -719,10 +695,10 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 def _restore_body(
     folder: Path,
     base: _Base,
-    receipts: ReceiptLog | None,
-    log: ReceiptLog,
+    marks: list[Mark],
+    sent: list[Head],
     anchor: Mark | None,
-    of_anchor: list[Head],
+    receipts: ReceiptLog | None,
     rows: list[tuple[Any, ...]],
     public: str,
 ) -> dict[str, Any]:
@@ -730,12 +706,11 @@ def _restore_body(
 
     - folder: the ledger's folder, with what is left of the step log
     - base: the chain that is continued
+    - marks: what anchor, receipts and this machine's note state
+    - sent: the earlier entries that the anchor names. They are of its own chain, so what is charged
+      for the anchor is charged for them
+    - anchor: what the anchor holds; None if it is missing or cannot be read
     - receipts: the receipts in `folder`; None if they cannot be read
-    - log: these receipts, and what this machine noted
-    - anchor: what the anchor (the file that names the newest entry) holds; None if it is missing or
-      cannot be read
-    - of_anchor: the earlier entries that the anchor names. They are of its own chain, so what is
-      charged for the anchor is charged for them
     - rows: the rows of the old database that can be read, as `_readable_rows` returns them
     - public: the public half (hexadecimal) of the site's key
 
@@ -744,52 +719,34 @@ def _restore_body(
     never used again. `columns` are the columns of patients that each dataset had, as far as rows of
     the old database show it. `plans` are the plans that such a row or the step log names and the
     base does not, each with its membership: they had begun, too. `settled` lists the [number,
-    hash] of each entry that anchor, receipts or the backup name and the base lacks: these alone
-    count as charged from now on. `members_lost` is there unless the folder's own chain is whole.
-    Entries may then be lost, as where anything is charged, and with them what the ledger knew of
-    rounds and of records: which updates it released, which records were declared public or
-    generated, and on whom was trained. What follows from it does not depend on what was lost."""
-    readable, top = _readable_charges(rows)
+    hash] of each entry that marks or the backup name and the base lacks: these alone count as
+    charged from now on. `covered` lists the newest charging entry of each mark, with what its chain
+    had charged up to it, and `entered` the hash of each entry that is charged by itself -> how many
+    steps. `members_lost` is there unless the folder's own chain is whole. Entries
+    may then be lost, as where anything is charged, and with them what the ledger knew of rounds and
+    of records: which updates it released, which records were declared public or generated, and on
+    whom was trained. What follows from it does not depend on what was lost."""
     columns = _readable_columns(rows, public)
     plans = _list_plans(folder / STEPS, rows, public, base)
-    heads = [r.head for r in log.every] + ([anchor.head] if anchor else [])
-    heads += [*of_anchor, *base.heads_beside]
+    marks = [mark for mark in marks if not base.holds(mark.head)]
+    heads = [head for mark in marks for head in (mark.head, *mark.charged)]
+    heads += [*(sent if anchor in marks else []), *base.heads_beside]
     unknown = [head for head in dict.fromkeys(heads) if not base.holds(head)]
-    beside = base.charges_beside
-    logged_charges, shown, log_complete = _unpaid_logged_charges(folder / STEPS, base)
-    known_charges = [
-        charge
-        for charge in (*base.charges, *beside, *readable, *logged_charges)
-        if charge.study != LOST or charge.noise_multiplier > 0
-    ]
-    # A charge by which a restore bounded many lost rounds has a price, and is no round.
-    rounds = [charge.steps for charge in known_charges if charge.study != LOST]
-    round_steps = max([1, *rounds])
-    lost, branch = _most_lost(base, anchor, log, rows, public, round_steps)
-    charges = [*beside, *logged_charges]
-    # What the log shows beyond an anchor, or beside a branch, says nothing of what they hold. An
-    # anchor that the base holds, or that is older than a receipt, was put back.
-    latest = max([0, *(receipt.head.seq for receipt in log.accepted)])
-    is_newest = anchor and anchor.head.seq >= latest and not base.holds(anchor.head)
-    explained = shown if is_newest else Paid()
-    unexplained = max(0, lost.steps - explained.steps) + branch.steps
-    # What this machine noted may be of any age, and bounds nothing by itself.
-    counted = anchor is not None or any(r.coordinator != HERE for r in log.every)
-    if (
-        (not log_complete and (any(lost.plus(branch)) or not counted))
-        or (unexplained and not known_charges)
-        or lost.bare > explained.bare
-        or branch.bare
-    ):
-        charges.append(EXHAUSTED)
-    elif unexplained:
-        marks = [receipt.mark for receipt in log.every] + ([anchor] if anchor else [])
-        bounds = [mark.costliest for mark in marks if not base.holds(mark.head)]
-        charges.append(_bound_charge(known_charges, bounds, unexplained))
+    logged = _charges_of_lines(folder / STEPS, base)
+    covered = base.covered
+    lost = [EXHAUSTED] if anchor is None else _price(marks, covered, _entered(base, logged))
+    order = base.charges[0].order if base.charges else EXHAUSTED.order
+    lost = [dataclasses.replace(charge, order=order) for charge in (*logged.values(), *lost)]
+    charges = [*base.charges_beside, *lost]
     # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
-    rules = min((c.rules for c in (*base.charges, *readable)), default=RULES)
+    rules = min((charge.rules for charge in (*base.charges, *charges)), default=RULES)
     charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
+    top = rows[-1][0] if rows else 0
     highest = max([base.seq, top, *(head.seq for head in heads)])
+    newest = {mark.charged[0] for mark in marks if mark.charged}
+    paid = _list_entered([*base.entries, *base.entries_beside])
+    entered = {entry: paid.get(entry, 0) + charge.steps for entry, charge in logged.items()}
+    entered = _list_entered(base.entries_beside) | entered
     # A backup counts as older than the folder, even if nothing was entered since: whether a person
     # withdrew after it must not decide what follows.
     is_own = base.path == folder / DATABASE and anchor is not None
@@ -798,14 +755,109 @@ def _restore_body(
     return {
         "base": base.seq,
         "highest": highest,
-        "lost_steps": lost.plus(branch).plus(_sum(beside)).steps,
+        "lost_steps": _sum(charges).steps,
         "settled": [[*head] for head in unknown],
+        "covered": [[*head, *covered[head]] for head in sorted(newest & {*covered})],
+        "entered": entered,
         "dataset": EVERY,
         "charges": [charge.fields() for charge in charges],
         **({"columns": columns} if columns else {}),
         **({"plans": plans} if plans else {}),
         **({} if is_whole else {"members_lost": True}),
     }
+
+
+def _price(marks: list[Mark], covered: dict[Head, Paid], entered: dict[str, Paid]) -> list[Charge]:
+    """Return charges for everything that the chains of marks charged and that is not covered (see
+    the top of this module). The newest charging entry of each mark is added to `covered`.
+
+    - marks: marks whose entries the base lacks
+    - covered: charging entries up to which everything is charged -> how much their chains had
+      charged
+    - entered: the hash of each lost entry that is charged by itself -> what is charged for it"""
+    charges = []
+    for mark in sorted(marks, key=lambda mark: mark.head.seq):  # an earlier one covers a later one
+        if mark.paid is None:
+            charges.append(EXHAUSTED)
+            continue
+        start = next((head for head in mark.charged if head in covered), Head(-1, ""))
+        paid = covered.get(start, Paid())
+        for head in mark.charged:
+            if head.seq > start.seq and head.hash in entered:
+                paid = paid.plus(entered[head.hash])
+        lost = mark.paid.beyond(paid) or mark.paid
+        is_priced = mark.costliest is not None and mark.costliest.records > 0
+        if lost.bare or (lost.steps and not is_priced):
+            charges.append(EXHAUSTED)
+        elif lost.steps and mark.costliest is not None:
+            charges.append(_bound(mark.costliest, lost.steps))
+        if mark.charged:
+            covered[mark.charged[0]] = mark.paid
+    return charges
+
+
+def _bound(costliest: Costliest, steps: int) -> Charge:
+    """Return one charge that costs at least as much as a number of steps, whichever they are: it
+    has the smallest σ, and the largest q and k. (ε decreases in σ and increases in q, steps and k.)
+
+    costliest: the bounds that each of the steps keeps"""
+    return dataclasses.replace(
+        EXHAUSTED,
+        noise_multiplier=costliest.noise_multiplier,
+        sampling_rate=costliest.sampling_rate,
+        steps=steps,
+        records=costliest.records,
+        max_grad_norm=1.0,
+    )
+
+
+def _charges_of_lines(path: Path, base: _Base) -> dict[str, Charge]:
+    """Return a charge for each entry that lines of the step log name and that is charged neither by
+    the base nor beside it: the entry's hash -> its charge. An entry that is charged for fewer steps
+    than the log has is charged for the others. Lines that name no entry, as those of an older
+    release, are all charged, under keys that begin with a space. If the log cannot be read, the
+    result is empty.
+
+    path: the step log's file; base: the chain that is continued"""
+    found, paid = dict[str, Charge](), _list_entered([*base.entries, *base.entries_beside])
+    names = {charge.study: charge.name for charge in base.charges}
+    with suppress(InfrastructureError):
+        for number, line in enumerate(StepLog(path).attempts()):
+            name, entry = names.get(line.step.study, "restored"), line.entry or f" {number}"
+            steps = line.steps + (found[entry].steps if entry in found else 0)
+            found[entry] = _charge_of_line(line.step, name, steps)
+    lost = {entry: charge.steps - paid.get(entry, 0) for entry, charge in found.items()}
+    return {
+        entry: dataclasses.replace(found[entry], steps=steps)
+        for entry, steps in lost.items()
+        if steps > 0
+    }
+
+
+def _charge_of_line(step: Step, name: str, steps: int) -> Charge:
+    """Build the charge for lines of the step log. name: the study's name; steps: how many."""
+    return Charge(
+        study=step.study,
+        name=name,
+        round=step.round,
+        noise_multiplier=step.noise_multiplier,
+        sampling_rate=step.sampling_rate,
+        steps=steps,
+        records=step.records,
+        max_grad_norm=step.max_grad_norm,
+        unit=step.unit,
+        cohort="any",
+    )
+
+
+def _entered(base: _Base, logged: dict[str, Charge]) -> dict[str, Paid]:
+    """Return what is charged for each lost entry by itself: the entry's hash -> how much.
+
+    - base: the chain that is continued, with the entries beside it
+    - logged: the charges for lines of the step log (`_charges_of_lines`)"""
+    entered = {entry: _sum([charge]) for entry, charge in logged.items()}
+    rows = {entry.hash: count_paid(entry.kind, entry.body) for entry in base.entries_beside}
+    return entered | rows
 
 
 def _lacks_receipts(folder: Path, receipts: ReceiptLog | None) -> bool:
@@ -816,118 +868,9 @@ def _lacks_receipts(folder: Path, receipts: ReceiptLog | None) -> bool:
         return not (folder / RECEIPT).exists() and has_receipts(connection)
 
 
-def _most_lost(
-    base: _Base,
-    anchor: Mark | None,
-    receipts: ReceiptLog,
-    rows: list[tuple[Any, ...]],
-    public: str,
-    round_steps: int,
-) -> tuple[Paid, Paid]:
-    """Return two upper bounds on what lost entries charged, in noised steps and in charges without
-    noise: those that anchor, accepted receipts and rows show, and those of a branch of the chain
-    that only refused receipts show. Neither includes the other.
-
-    - base: the chain that is continued
-    - anchor: the file that names the newest entry; None if there is none that this site signed
-    - receipts: the heads that coordinators countersigned
-    - rows: the rows of the old database that can be read, as `_readable_rows` returns them
-    - public: the public half (hexadecimal) of the site's key
-    - round_steps: the most steps of a round, at which an entry counts that cannot be read"""
-    seen = [*(r.mark for r in receipts.accepted), *([anchor] if anchor else [])]
-    seen = [mark for mark in seen if not base.accounts_for(mark.head)]
-    # A mark at or below the base's end is of another branch, and all of that branch may be missing.
-    own = base.paid(base.seq)
-    straight = [
-        mark
-        for mark in seen
-        if base.parted_at is None
-        and mark.head.seq > base.seq
-        and (mark.paid is None or mark.paid.beyond(own) is not None)
-    ]
-    parted_at = base.parted_at or 0
-    others = [mark for mark in seen if mark not in straight]
-    aside = [_since(mark, parted_at, base.paid(parted_at), round_steps) for mark in others]
-    # What was charged up to a mark with counts is known. What was entered after it is in readable
-    # rows, or may have charged a round.
-    counted = [mark for mark in straight if mark.paid is not None]
-    low = max([base.seq, *(mark.head.seq for mark in counted)])
-    high = max([low, *(mark.head.seq for mark in straight), *(row[0] for row in rows)])
-    after = _charged_between(rows, low, high, public, round_steps)
-    known = _most([mark.paid.beyond(own) or Paid() for mark in counted if mark.paid])
-    # A refused receipt is of a branch that split off after the last accepted receipt of the same
-    # coordinator and membership; every entry of the branch from there on may be missing here.
-    last = {
-        r.holder: min(r.head.seq, base.seq)
-        for r in receipts.accepted
-        if base.has(r.head) or (base.parted_at is None and r.head.seq > base.seq)
-    }
-    # Those of several holders may be of several branches.
-    branches = dict[Any, list[Paid]]()
-    for r in receipts.refused:
-        if not base.accounts_for(r.head):
-            lost = _since(r.mark, since := last.get(r.holder, 0), base.paid(since), round_steps)
-            branches.setdefault(r.holder, []).append(lost)
-    branch = Paid()
-    for counts in branches.values():
-        branch = branch.plus(_most(counts))
-    return _most([known.plus(after), *aside]), branch
-
-
 def _sum(charges: list[Charge]) -> Paid:
     bare = sum(charge.noise_multiplier <= 0 for charge in charges)
     return Paid(sum(charge.steps for charge in charges if charge.noise_multiplier > 0), bare)
-
-
-def _most(counts: list[Paid]) -> Paid:
-    return Paid(
-        max([0, *(paid.steps for paid in counts)]), max([0, *(paid.bare for paid in counts)])
-    )
-
-
-def _since(mark: Mark, seq: int, paid: Paid, round_steps: int) -> Paid:
-    """Return an upper bound on what a branch charged after an entry that it has in common with the
-    base.
-
-    - mark: the branch's newest entry that is known
-    - seq, paid: that common entry's number, and what was charged up to it
-    - round_steps: the steps at which each entry counts if `mark` has no counts"""
-    if mark.paid is None:
-        return Paid((mark.head.seq - seq) * round_steps)
-    return mark.paid.beyond(paid) or mark.paid
-
-
-def _charged_between(
-    rows: list[tuple[Any, ...]], low: int, high: int, public: str, round_steps: int
-) -> Paid:
-    """Return an upper bound on what the entries after number `low` and up to `high` charged. A row
-    that the site signed counts by what it charges, and any other number as a round."""
-    paid, hashes, numbers = Paid(), set[str](), set[int]()
-    for row in rows:
-        seq, kind, *_, hash_, _ = row
-        body = _signed_body(row, public) if low < seq <= high and hash_ not in hashes else None
-        if body is None:
-            continue
-        with suppress(TypeError, KeyError):
-            paid = paid.plus(count_paid(kind, body))
-            hashes.add(hash_)
-            # The numbers that a restore skipped are those of entries that it charged for.
-            first = max(low, body["base"]) + 1 if kind == "restore" else seq
-            numbers.update(range(first, seq + 1))
-    return paid.plus(Paid((high - low - len(numbers)) * round_steps))
-
-
-def _readable_charges(rows: list[tuple[Any, ...]]) -> tuple[list[Charge], int]:
-    """Return a pair: the charges in `rows`, which are those of a damaged ledger's database that can
-    be read; and the highest number of an entry in them (0 if there are none)."""
-    charges: list[Charge] = []
-    for _, kind, body, *_ in rows:
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
-            if kind == "reserve":
-                charges.append(Charge.read(json.loads(body)["charge"]))
-            elif kind == "restore":
-                charges += [Charge.read(fields) for fields in json.loads(body)["charges"]]
-    return charges, rows[-1][0] if rows else 0
 
 
 def _readable_columns(rows: list[tuple[Any, ...]], public: str) -> dict[str, list[str]]:
@@ -973,89 +916,3 @@ def _plans_in(kind: str, body: dict[str, Any]) -> set[tuple[str, str]]:
     elif kind == "admit" and body:
         named.add((body["plan"], body.get("membership", "")))
     return named
-
-
-def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], Paid, bool]:
-    """Compare the step log with the base's chain. Return three: a charge for each round that has
-    more noised steps in the log than this chain and the one beside it charged; the sum of these
-    lost charges (the steps beyond those that were charged, and the number of rounds without noise);
-    and whether the log is complete, i.e. exists and holds every noised step of the rounds that the
-    chain released.
-
-    - path: the step log's file; if it cannot be read, the result is [], nothing and False
-    - base: the chain that is continued"""
-    try:
-        steps = StepLog(path).steps()
-    except InfrastructureError:
-        return [], Paid(), False
-    ran = Counter(_charge_of_step(step) for step in steps)
-    lines = Counter({_round_key(charge): count for charge, count in ran.items()})
-    complete = path.exists() and not base.released - lines
-    paid: Counter[tuple[Any, ...]] = Counter()
-    usual: Counter[str] = Counter()  # steps of a round of the study
-    for charge in (*base.charges, *base.charges_beside):
-        paid[_round_key(charge)] += charge.steps
-        usual[charge.study] = max(usual[charge.study], charge.steps)
-    for charge, count in ran.items():
-        usual[charge.study] = max(usual[charge.study], count)
-    names = {charge.study: charge.name for charge in base.charges}
-    order = base.charges[0].order if base.charges else EXHAUSTED.order
-    charges, shown = [], Paid()
-    for charge, count in ran.items():
-        if (more := count - paid[_round_key(charge)]) > 0:
-            shown = shown.plus(Paid(more) if charge.noise_multiplier > 0 else Paid(0, 1))
-            steps_, name = max(more, usual[charge.study]), names.get(charge.study, "restored")
-            charges.append(dataclasses.replace(charge, steps=steps_, name=name, order=order))
-    return charges, shown, complete
-
-
-def _charge_of_step(step: Step) -> Charge:
-    """Build a charge from a step of the log: that of the step's round, but with `steps` = 0. So
-    equal steps of a round give equal charges, and a Counter of these gives the number of steps."""
-    return Charge(
-        study=step.study,
-        name="",
-        round=step.round,
-        noise_multiplier=step.noise_multiplier,
-        sampling_rate=step.sampling_rate,
-        steps=0,
-        records=step.records,
-        max_grad_norm=step.max_grad_norm,
-        unit=step.unit,
-        cohort="any",
-    )
-
-
-def _round_key(charge: Charge) -> tuple[Any, ...]:
-    return (
-        charge.study, charge.round, charge.noise_multiplier, charge.sampling_rate, charge.records,
-        charge.max_grad_norm, charge.unit,
-    )  # fmt: skip
-
-
-def _bound_charge(charges: list[Charge], bounds: Sequence[Costliest | None], steps: int) -> Charge:
-    """Return one charge that costs at least as much as a number of steps, whichever they are: it
-    has the smallest σ, and the largest q and k. (ε decreases in σ and increases in q, steps and k.)
-
-    - charges: charges that are known, at least one; a step may be one of theirs
-    - bounds: what anchor and receipts say a step may cost; None where an older release wrote them
-    - steps: the number of steps"""
-    costliest = Costliest()
-    for charge in charges:
-        rate, records = charge.sampling_rate, charge.records
-        costliest = costliest.plus(Costliest(charge.noise_multiplier, rate, records))
-    for bound in bounds:
-        costliest = costliest.plus(bound or Costliest())
-    return Charge(
-        study=LOST,
-        name="lost",
-        round=0,
-        noise_multiplier=costliest.noise_multiplier,
-        sampling_rate=costliest.sampling_rate,
-        steps=steps,
-        records=costliest.records,
-        max_grad_norm=max(charge.max_grad_norm for charge in charges),
-        unit="any",
-        cohort="any",
-        order=charges[0].order,
-    )
