@@ -481,8 +481,8 @@ def test_what_one_consortium_is_told_holds_no_round_of_another(
     assert len(SiteWorker(load_site(path)).events_of(study.study.digest)) == 1
     with pytest.raises(LedgerError, match="has no steps of round 1 of"):
         stated("onco")  # another membership's earlier steps are not its own
-    lines = StepLog._lines
-    monkeypatch.setattr(StepLog, "_lines", lambda log, _=None: lines(log, None))
+    lines = StepLog.attempts
+    monkeypatch.setattr(StepLog, "attempts", lambda log, _=None: lines(log, None))
     assert stated("onco") == 4 * per_round
 
 

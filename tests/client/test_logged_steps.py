@@ -83,6 +83,7 @@ def pay(state: Path, charge: Charge, *, membership: str = "") -> None:
     book, paid = Ledger(state), replace(charge, membership=membership)
     number = book.reserve("notes", paid, f"adapter@{membership}", lambda charges: None)
     log = StepLog(state / "steps.jsonl", membership)
+    log.begin_round(book.hash_of(number))
     step = Step(paid.study, paid.round, paid.noise_multiplier, paid.sampling_rate, 1.0, paid.unit)
     log.append(replace(step, max_grad_norm=paid.max_grad_norm, records=paid.records), paid.steps)
     book.release(number, b"update")

@@ -43,8 +43,8 @@ BOUNDS = ">ddQ"  # how a token holds the fields of Costliest
 ENTRY = ">Q32s"  # how a token holds the number and the hash of an entry
 HERE = "this machine"  # in place of a coordinator's key: the head is one that this machine noted
 SENT = 2  # how many of the heads that a coordinator was sent the anchor names
-CHARGED = 32  # how many of the newest charging entries a statement names
-FURTHER = 16  # and how many older ones, each at twice the distance of the one before
+CHARGED = 16  # how many of the newest charging entries a statement names
+FURTHER = 12  # and how many older ones, each at twice the distance of the one before
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
@@ -137,7 +137,7 @@ def choose_charged(charging: Sequence[Head]) -> tuple[Head, ...]:
     charging: the entries of a chain that charge, oldest first
 
     >>> [head.seq for head in choose_charged([Head(seq, "") for seq in range(100)])][-3:]
-    [69, 68, 36]
+    [84, 68, 36]
     """
     places = (len(charging) - CHARGED * 2**power for power in range(1, FURTHER + 1))
     older = (charging[place] for place in places if place >= 0)

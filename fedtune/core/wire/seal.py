@@ -20,8 +20,8 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 LONGEST = 100_000  # characters of any text in a sealed message
 LONGEST_HEADER = 10_000
 OUTSIDE = ("header", "signature")
-# A ledger's token: 624 digits today. It is stored and sent back unread, so its type is checked.
-TOKEN = re.compile(r"[0-9a-f]{1,1024}")
+# A ledger's token: 3,008 digits today. It is stored and sent back unread, so its type is checked.
+TOKEN = re.compile(r"[0-9a-f]{1,4096}")
 
 
 class SealError(InputError):
