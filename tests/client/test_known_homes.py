@@ -630,17 +630,18 @@ def test_a_folder_that_was_put_back_is_noticed_first(
     join(world, "cardio")
 
 
-def test_what_this_machine_noted_counts_in_a_restore_without_the_anchor(world: Path) -> None:
-    """Database, anchor and step log are lost: of the newest rounds nothing else is left."""
+def test_what_this_machine_noted_counts_in_a_restore_with_an_earlier_anchor(world: Path) -> None:
+    """Anchor and step log were put back, and the database is lost: of the newest rounds nothing
+    else is left."""
     home = world / "cardio-state"
     Ledger(home).backup(world / "backup")
-    steps = (home / "steps.jsonl").read_bytes()
+    early = {name: (home / name).read_bytes() for name in ("ledger.head", "steps.jsonl")}
     join(world, "cardio")
     spend(world / "cardio.toml", 4, sigma=2.0)
     known_homes.note_head(home)
-    for name in ("ledger.db", "ledger.head"):
-        (home / name).unlink()
-    (home / "steps.jsonl").write_bytes(steps)
+    (home / "ledger.db").unlink()
+    for name, content in early.items():
+        (home / name).write_bytes(content)
     restore = "ledger", world / "cardio.toml", "--restore", "--from", world / "backup"
     assert run(*restore).exit_code == 0
     *_, lost = Ledger(home).charges("records")

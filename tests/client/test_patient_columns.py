@@ -733,7 +733,7 @@ def test_a_receipt_lists_every_study_that_one_restore_entered(
         for round_ in (1, 2):
             paid = replace(CHARGE, study=study, round=round_, patient="pid")
             number = worker.ledger.reserve("records", paid, "adapter", lambda _: None)
-            log.begin_round()
+            log.begin_round(worker.ledger.hash_of(number))
             log.append(Step(study, round_, 1.5, 1.0, 1.0, "patient"), of_round=1)
             worker.ledger.release(number, b"update")
     (tmp_path / "state" / "ledger.db").unlink()

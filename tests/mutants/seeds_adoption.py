@@ -412,7 +412,7 @@ MUTANTS = (
         "incidents", "a-restore-forgets-what-the-machine-noted", "fedtune/cli/site.py",
         "Ledger.restore(folder, copy, standing, find_head(folder))",
         "Ledger.restore(folder, copy, standing)",
-        T_HOMES + "test_what_this_machine_noted_counts_in_a_restore_without_the_anchor",
+        T_HOMES + "test_what_this_machine_noted_counts_in_a_restore_with_an_earlier_anchor",
         "rounds of which only homes.json tells are in no total after a restore",
     ),
     one(
