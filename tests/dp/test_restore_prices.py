@@ -497,3 +497,87 @@ def test_a_restore_that_goes_by_the_step_log_alone_is_caught(
     """The twin: where the step log was rolled back as well, rounds are missing."""
     monkeypatch.setattr(restore_module, "_price", lambda *_: [])
     assert not all(are_covered(tmp_path, sites=4))
+
+
+def branch_out(folder: Path, chance: random.Random) -> bool:
+    """Put a folder back to earlier copies of itself again and again, each time going on from there
+    for several coordinators. Then each of them sends what receipts it has, in any order, and the
+    ledger is restored whenever it lacks an entry. Return whether all that was spent is charged, and
+    what two lost branches have in common at most twice."""
+    Ledger(folder).declare("notes", [], "sha256:0", [b"ann"])
+    copies = [shutil.copytree(folder, folder.with_name(f"{folder.name}-0"))]
+    spent, sent = dict[float, float](), list[dict[str, Any]]()
+    coordinators = [SigningKey() for _ in range(3)]
+    for number in range(1, 16):
+        match chance.choice(["round", "round", "round", "leave", "copy", "put back"]):
+            case "round":
+                sigma, steps = chance.choice([0.5, 1.0, 2.0]), chance.choice([1, 3, 4])
+                run_round(Ledger(folder), number, done=charge(number, sigma=sigma, steps=steps))
+                spent[sigma] = spent.get(sigma, 0) + steps
+                key = chance.choice(coordinators)
+                sent.append(receipt(key, Ledger(folder).head_statement(coordinator=key.public)))
+            case "leave":
+                enter(Ledger(folder), "withdraw", number)
+            case "copy":
+                copies.append(shutil.copytree(folder, folder.with_name(f"{folder.name}-{number}")))
+            case "put back":
+                shutil.rmtree(folder)
+                shutil.copytree(chance.choice(copies), folder)
+    chance.shuffle(sent)
+    for one in sent:
+        try:
+            Ledger(folder).accept_receipt(one, one["coordinator"])
+        except LedgerError:
+            Ledger.restore(folder).accept_receipt(one, one["coordinator"])
+    found = total(Ledger(folder))
+
+    return covers(found, spent)
+
+
+def test_of_any_branches_each_charge_counts(tmp_path: Path) -> None:
+    """However often a folder was put back, and in whatever order receipts come."""
+    folders = (tmp_path / f"site-{seed}" / "state" for seed in range(20))
+    assert all(branch_out(folder, random.Random(folder.parent.name)) for folder in folders)
+
+
+def test_a_restore_that_tells_branches_apart_by_numbers_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: an entry counts as covered if an entry of its number is."""
+    price = restore_module._price
+
+    def price_by_number(
+        marks: list[Mark], covered: dict[Head, Paid], entered: dict[str, Paid]
+    ) -> list[Charge]:
+        paid = {head.seq: paid for head, paid in covered.items()}
+        named = {head for mark in marks for head in mark.charged if head.seq in paid}
+        return price(marks, {head: paid[head.seq] for head in named} | covered, entered)
+
+    monkeypatch.setattr(restore_module, "_price", price_by_number)
+    folders = (tmp_path / f"site-{seed}" / "state" for seed in range(20))
+    assert not all(branch_out(folder, random.Random(folder.parent.name)) for folder in folders)
+
+
+@pytest.mark.parametrize("first", ["newest", "oldest"])
+def test_older_receipts_of_a_lost_branch_are_charged_once(folder: Path, first: str) -> None:
+    """A coordinator that kept every receipt of a branch, and sends one after the other, cannot make
+    the site pay for the branch again."""
+    Ledger(folder).declare("notes", [], "sha256:0", [b"ann"])
+    run_round(Ledger(folder), 1)
+    early = shutil.copytree(folder, folder.with_name("early"))
+    coordinator, kept, restores = SigningKey(), list[dict[str, Any]](), 0
+    for round_ in range(2, 9):
+        run_round(Ledger(folder), round_)
+        kept.append(receipt(coordinator, Ledger(folder).head_statement()))
+        if round_ == 5:
+            enter(Ledger(folder), "withdraw", 1)
+    shutil.rmtree(folder)
+    shutil.copytree(early, folder)
+    for one in kept if first == "oldest" else reversed(kept):
+        try:
+            Ledger(folder).accept_receipt(one, coordinator.public)
+        except LedgerError:
+            Ledger.restore(folder).accept_receipt(one, coordinator.public)
+            restores += 1
+    assert total(Ledger(folder)) == {1.0: 32}
+    assert restores == (1 if first == "newest" else 7)
