@@ -142,6 +142,24 @@ def test_a_restore_ends_the_study_unless_the_ledger_was_whole(
         assert [each["steps"] for each in stated] == [3 * made.study.training.local_steps]
 
 
+def test_a_lost_round_that_log_and_anchor_show_is_charged_once(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """The database is lost, and the backup is older than the round. Its line in the step log names
+    the ledger's entry, and so does the anchor."""
+    notes(tmp_path)
+    site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
+    worker = SiteWorker(site)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    worker.ledger.backup(tmp_path / "backup")
+    trains(worker, made, 2)
+    (tmp_path / "state" / "ledger.db").unlink()
+    restored = Ledger.restore(tmp_path / "state", tmp_path / "backup")
+    steps = [charge.steps for charge in restored.charges("records")]
+    assert steps == [made.study.training.local_steps] * 2
+
+
 def test_a_plan_that_a_restore_ended_has_ended_for_every_membership(tmp_path: Path) -> None:
     """Its lost rounds cost the patients whom all memberships share. Another membership of the same
     home joined the same plan, and the patients paid more than its lifetime allows."""
@@ -336,6 +354,7 @@ def test_a_query_is_answered_only_if_the_log_has_all_steps(tmp_path: Path, tiny_
     worker = SiteWorker(load_site(path), path)
     assert worker.prepare(made.study, made.frozen).admitted
     worker.evaluate(made.study.digest, 2, made.adapter)
+    assert [bool(line.entry) for line in worker.log.attempts()] == [True]  # its charge is named
     (tmp_path / "state-north" / "steps.jsonl").unlink()
     with raises_only(LedgerError, match=f"{LOG_LACKS} 2 of"):
         worker.evaluate(made.study.digest, 3, made.adapter)

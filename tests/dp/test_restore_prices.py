@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.core.config import PolicyTable
-from fedtune.core.ledger import files
+from fedtune.core.ledger import chain, files
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger import restore as restore_module
 from fedtune.core.ledger.entries import EVERY, Charge, Earlier, Gone
@@ -556,6 +556,19 @@ def test_a_restore_that_tells_branches_apart_by_numbers_is_caught(
     monkeypatch.setattr(restore_module, "_price", price_by_number)
     folders = (tmp_path / f"site-{seed}" / "state" for seed in range(20))
     assert not all(branch_out(folder, random.Random(folder.parent.name)) for folder in folders)
+
+
+def test_like_charges_of_two_branches_have_two_hashes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder was put back within the second in which a round was charged, and runs it again."""
+    monkeypatch.setattr(chain.time, "time", lambda: 1e9)
+    Ledger(folder).declare("notes", [], "sha256:0", [b"ann"])
+    heads = set()
+    for place in (folder, shutil.copytree(folder, folder.with_name("copy"))):
+        Ledger(place).reserve("notes", charge(), "adapter", yes)
+        heads.add(Ledger(place).head)
+    assert len({head.seq for head in heads}) == 1 < len(heads)
 
 
 @pytest.mark.parametrize("first", ["newest", "oldest"])

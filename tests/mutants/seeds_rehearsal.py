@@ -146,7 +146,7 @@ MUTANTS = (
     ),
     one(
         24, "a-second-attempt-at-a-round-is-logged-late", "fedtune/core/dp/steplog.py",
-        "        self._round = None\n\n    def append", "        pass\n\n    def append",
+        "self._round, self._entry = None, entry", "self._entry = entry",
         "tests/dp/test_steplog.py::"
         "test_an_attempt_that_follows_one_that_broke_off_has_a_line_of_its_own",
         "a second attempt writes its line in mid-round, where a full disk can stop a step",
