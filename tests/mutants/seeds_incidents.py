@@ -266,20 +266,6 @@ MUTANTS = (
         "an honest receipt stops a restored site, and the next restore charges its branch again",
     ),
     one(
-        "incidents", "a-longer-backup-hides-a-branch", "fedtune/core/ledger/restore.py",
-        "    beside = local if local is not None and not backup.holds(local.head) else None\n",
-        "    beside = None\n",
-        T_LOGGED + "test_what_stands_beside_the_base_is_charged_as_it_is[backup-whole]",
-        "rounds that the folder itself shows are in no budget, once a longer backup is restored",
-    ),
-    one(
-        "incidents", "a-damaged-branch-is-not-charged", "fedtune/core/ledger/restore.py",
-        "            found.setdefault(hash_, Entry(seq, kind, body, hash_))\n",
-        "            pass\n",
-        T_LOGGED + "test_what_stands_beside_the_base_is_charged_as_it_is[damaged-put-back]",
-        "signed rows of a damaged database are in no budget, as the backup has other ones",
-    ),
-    one(
         "incidents", "a-withdrawal-decides-what-a-restore-ends", "fedtune/core/ledger/restore.py",
         "local is not None and local.seq >= backup.seq",
         "local is not None and local.seq > backup.seq",

@@ -143,7 +143,7 @@ TOKENS: dict[str, Any] = {
     "null": None,
     "an object": {"token": "00"},
     "empty": "",
-    "overlong": "0" * 1025,
+    "overlong": "0" * 4097,
     "upper case": "AB",
     "not hex": "0g",
     "with a line's end": "00\n",
