@@ -221,6 +221,19 @@ def test_a_consortiums_run_is_of_its_own_coordinator(signed, tmp_path: Path) -> 
         verify(copy, trust=fingerprints.of_consortium("-----BEGIN CERTIFICATE-----", key.public))
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_teachers_cost_that_is_not_in_epsilon_is_named(
+    signed, tmp_path: Path, known: bool
+) -> None:
+    """Twin: a teacher whose cost is in it."""
+    teacher = {"name": "before", "cost": "was trained without privacy", "known": known}
+    copy = forged(signed[0], tmp_path, lambda report: report.update(teacher=teacher))
+    words = "Its teacher before was trained without privacy: ε is of this run's rounds alone"
+    assert (words in verify(copy).left_out) is not known
+    told = command("verify", copy, "--simulation")
+    assert (f"NOT COVERED  by the coordinator's report: {words}" in told.output) is not known
+
+
 def test_a_sites_own_fingerprint_is_compared(signed, tmp_path: Path) -> None:
     folder, _ = signed
     with pytest.raises(Refused, match="'north' signed with keys of fingerprint unknown"):

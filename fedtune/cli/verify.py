@@ -282,6 +282,8 @@ def _lines(found: Verified) -> str:
         lines.append(f"declared     by the coordinator's report: {line}")
     if line := free_query_line({"free_query": [*found.free_query]}):
         lines.append(f"NOT COVERED  by the coordinator's report: {line}")
+    if found.left_out:
+        lines.append(f"NOT COVERED  by the coordinator's report: {found.left_out}")
     if found.not_signed:
         lines.append(f"not signed   {', '.join(found.not_signed)}")
     if "alone" in found.not_signed:

@@ -30,8 +30,9 @@ TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
     """Return one line for a model card with the privacy guarantee that the report states. The line
-    also says if nobody signed the report, and names the sites whose data the guarantee does not
-    cover, or whose data is of no patient.
+    also says if nobody signed the report, or if the cost of the run's teacher is not in the
+    guarantee, and names the sites whose data the guarantee does not cover, or whose data is of no
+    patient.
 
     - report: the run's report
     - signed: whether the report was signed"""

@@ -45,6 +45,7 @@ from fedtune.evidence.sign import (
 from fedtune.evidence.signed_files import MALFORMED, TODO, fail, signed_json
 from fedtune.evidence.versions import check_versions
 from fedtune.report.run_files import read_report
+from fedtune.report.teacher import teacher_left_out_line
 
 DOSSIER = ("release.json", "dossier.json", "dossier.html", "dossier.md", "dossier.pdf")
 LARGE = 1 << 28  # bytes of evidence.json
@@ -80,6 +81,8 @@ class Verified:
       public or generated
     - free_query: sites at which, by the report, a query or a view of a database selects the
       records; ε does not cover this selection
+    - left_out: the sentence which says that `epsilon` does not hold the cost of the run's teacher,
+      and why, by the report; "" if the run has no such teacher
     - exported: whether the run was found inside an exported model, whose weights nobody signed
     - capped: whether `epsilon` is the plan's bound for one patient instead of the ε of all steps
       together; the sites leave out a patient who has reached this bound
@@ -112,6 +115,7 @@ class Verified:
     not_signed: tuple[str, ...] = ()
     declared: dict[str, str] = field(default_factory=dict)
     free_query: tuple[str, ...] = ()
+    left_out: str = ""
     exported: bool = False
     capped: bool = False
     released: str = ""
@@ -176,6 +180,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         chosen = check_release(run, study, report, signed["files"])
         verdicts = check_versions(run, study, report, signed["files"])
         headline(run, report)
+        left_out = teacher_left_out_line(report)
     except MALFORMED:
         fail(run, "its report or its evidence is not what a coordinator writes")
     found = Verified(
@@ -190,6 +195,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         not_signed=_not_signed(exported or run, run),
         declared=report.get("declared") or {},
         free_query=tuple(report.get("free_query") or ()),
+        left_out=left_out,
         exported=exported is not None,
         released=chosen,
         verdicts=verdicts,

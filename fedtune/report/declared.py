@@ -1,11 +1,14 @@
 """Build the sentences that every output of a run shows. They say whether the run was a simulation,
-which sites declared their data public or generated, and at which sites a query or a view selected
-the records. ε does not cover such a selection."""
+which sites declared their data public or generated, at which sites a query or a view selected the
+records, and whether the cost of the run's teacher is in its ε. ε covers neither such a selection
+nor a teacher whose cost is not known."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from fedtune.report.teacher import teacher_left_out_line
 
 KINDS = ("public", "generated")
 INVENTED = "No patient was involved: fedtune wrote these records itself, for its demo."
@@ -82,10 +85,12 @@ averages, one patient's rows may change what is read of another, and ε does not
     )
 
 
-def site_lines(report: Mapping[str, Any]) -> str:
-    """Return the sentences about the sites' records: first that of `free_query_line`, then those of
-    `declared_line`; "" if both are empty."""
-    return " ".join(filter(None, [free_query_line(report), declared_line(report)]))
+def site_lines(report: dict[str, Any]) -> str:
+    """Return the sentences about what ε does not cover, and about the sites' records: first that of
+    `teacher_left_out_line`, then that of `free_query_line`, then those of `declared_line`; "" if
+    all are empty."""
+    lines = [teacher_left_out_line(report), free_query_line(report), declared_line(report)]
+    return " ".join(filter(None, lines))
 
 
 def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def markdown(report: dict[str, Any]) -> str:
     from fedtune.report.provenance import section as provenance
     from fedtune.report.quality import section as quality
     from fedtune.report.teacher import section as teacher
+    from fedtune.report.teacher import teacher_left_out_line
 
     ran = not {"merge", "derived"} & report.keys()  # a merged or derived model had no round
 
@@ -56,6 +57,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"> **Invented records.** {INVENTED}" if report.get("invented") else "",
         f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
         f"> **Not covered.** {cell(said)}" if (said := free_query_line(report)) else "",
+        f"> **Not covered.** {said}" if (said := teacher_left_out_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
         quality(report) if "merge" not in report else "",  # `merged` gives it for each parent
         *derived(report.get("derived") or {}),

@@ -17,6 +17,25 @@ def leaves_out(report: dict[str, Any]) -> str:
     return "" if not teacher or teacher.get("known") else _why(teacher)
 
 
+def teacher_left_out_line(report: dict[str, Any]) -> str:
+    """Return a sentence which says that a private run's ε does not hold the cost of its teacher,
+    and why. Return "" if ε holds it, if the run is not private, or if it had no teacher. report:
+    the run's report.
+
+    >>> teacher = {"name": "before", "cost": "was trained without privacy", "known": False}
+    >>> teacher_left_out_line({"private": True, "teacher": teacher})
+    "Its teacher before was trained without privacy: ε is of this run's rounds alone, and does not \
+cover what the teacher learnt of the people in its own training."
+    """
+    left_out = leaves_out(report) if report.get("private") else ""
+    if not left_out:
+        return ""
+    return (
+        f"Its teacher {cell(report['teacher'].get('name'))} {left_out}: ε is of this run's rounds "
+        "alone, and does not cover what the teacher learnt of the people in its own training."
+    )
+
+
 def section(report: dict[str, Any]) -> list[str]:
     """Return the section on the teacher as Markdown paragraphs: its name, digest and cost. Return
     [] if the report has no "teacher"."""
@@ -39,16 +58,14 @@ def section(report: dict[str, Any]) -> list[str]:
 
 
 def teacher_line(report: dict[str, Any]) -> str:
-    """State in one line, for a terminal, the teacher's name and what the teacher cost: its ε, or
-    why its cost is not known. If the teacher is a base, or its ε is known but the student (the run
-    that the report is about) has none, there is nothing to add up, and the line gives only the
-    name. Return "" if there is no teacher."""
+    """State in one line, for a terminal, the teacher's name and the ε that it cost. The line gives
+    only the name if there is nothing to add up: the teacher is a base, its cost is not known
+    (`teacher_left_out_line` says so), or the student (the run that the report is about) has no ε.
+    Return "" if there is no teacher."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return ""
     name = cell(teacher.get("name"))
-    if left_out := leaves_out(report):
-        return f"its teacher {name} {left_out}: ε is of this run's rounds alone"
     if "student_epsilon" not in teacher:
         return f"its teacher: {name}"
     own, parent = rounded_up(teacher["student_epsilon"]), rounded_up(teacher.get("epsilon"))

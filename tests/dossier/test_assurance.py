@@ -21,10 +21,10 @@ from fedtune.audit.attack import Attack, Secrets, save
 from fedtune.audit.membership import Membership
 from fedtune.audit.secret import Exposure
 from fedtune.core.errors import ConfigError, NotGenuine, Refused
-from fedtune.evidence.dossier import seal
+from fedtune.evidence.dossier import content, seal
 from fedtune.evidence.dossier.assurance import crate, pack, registry, sections
 from fedtune.evidence.dossier.facts import documents, facts_in, find_contradiction
-from fedtune.evidence.dossier.markdown import TO_FILL
+from fedtune.evidence.dossier.markdown import TO_FILL, markdown
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.sign import FILES as RUN_FILES
 from fedtune.evidence.verify import verify
@@ -408,6 +408,22 @@ def test_the_registrys_entry_has_both_figures_of_shared_noise(signed: Any) -> No
     said = entry["deployment"]["privacy_loss"]["privacy_parameters_details"]
     assert "at most 1 of the" in said and "ε = 9.5" in said
     assert rows(build(found))["nist", "4.2.3"]["answer"] == pack.SHOWN
+
+
+def test_every_page_says_that_a_teachers_cost_is_left_out(signed: Any) -> None:
+    """Twin: the same run, whose teacher's cost is in its ε."""
+    found, made = documents(signed[0]), "2026-01-01T00:00:00Z"
+    teacher = {"name": "before", "cost": "was trained without privacy"}
+    for known in (False, True):
+        taught = found["report.json"] | {"teacher": teacher | {"known": known}}
+        told = found | {"report.json": taught}
+        page = markdown(content.build(told, {}))
+        assert ("what the run's teacher learnt" in page) is not known
+        assert ("its teacher's cost is not in ε | was trained without" in page) is not known
+        assert ("what the run's teacher learnt" in str(build(told)["notes"])) is not known
+        entry = yaml.safe_load(registry.registry(told, {}, made))
+        said = entry["deployment"]["privacy_loss"]["privacy_parameters_details"]
+        assert ("Its teacher before was trained without privacy" in said) is not known
 
 
 @pytest.mark.skipif(SCHEMA is None, reason="FEDTUNE_REGISTRY_SCHEMA names no copy of the schema")

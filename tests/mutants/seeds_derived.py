@@ -141,6 +141,18 @@ MADE_MUTANTS = (
         "patients' records, without noise, decide each patient's preferences by a second teacher",
     ),
     _one(
+        "parents", "a-card-forgets-a-teacher", "fedtune/report/declared.py",
+        "lines = [teacher_left_out_line(report), free_query_line", "lines = [free_query_line",
+        "tests/server/test_teacher.py::test_a_cost_that_is_not_known_is_said_not_to_be",
+        "a model's card states ε, and not that its teacher was trained without privacy",
+    ),
+    _one(
+        "parents", "a-dossier-forgets-a-teacher", "fedtune/evidence/dossier/content.py",
+        "bool(teacher_left_out_line(found[\"report.json\"]))", "False",
+        "tests/dossier/test_assurance.py::test_every_page_says_that_a_teachers_cost_is_left_out",
+        "a signed dossier states ε, and not that the teacher was trained without privacy",
+    ),
+    _one(
         "parents", "a-merge-forgets-a-teacher", "fedtune/derive/lineage.py",
         "if report.get(\"private\") and (left_out := leaves_out(report)):", "if left_out := \"\":",
         "tests/server/test_teacher.py::test_a_run_whose_teacher_is_not_paid_for_is_no_private_parent",

@@ -12,10 +12,11 @@ import pytest
 from fedtune.core.errors import NotGenuine, Refused
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.derive.lineage import combined_lineage, require_private, warn_of_cost
+from fedtune.derive.model_card import gguf_metadata, privacy_line
 from fedtune.evidence import figures
 from fedtune.report.claim import best_guess
 from fedtune.report.markdown import markdown
-from fedtune.report.teacher import teacher_line
+from fedtune.report.teacher import teacher_left_out_line, teacher_line
 from fedtune.server.teacher import NOT_PRIVATE, TAUGHT, UNKNOWN, with_teacher
 from tests.test_budgets import A, B, alone, close, report
 
@@ -131,7 +132,14 @@ def test_a_cost_that_is_not_known_is_said_not_to_be(teacher: dict[str, Any], cos
     found = with_teacher(own, teacher)
     assert found["privacy"] == own["privacy"] and found["teacher"]["cost"] == cost
     assert cost in markdown(found) and "adds to it" in markdown(found)
-    assert "of this run's rounds alone" in teacher_line(found)
+    assert teacher_line(found) == "its teacher: before"
+    said = teacher_left_out_line(found)
+    assert cost in said and "of this run's rounds alone" in said
+    base: Any = SimpleNamespace(name="tiny")
+    assert said in markdown(found) and said.removesuffix(".") in privacy_line(found)
+    assert said.removesuffix(".") in gguf_metadata(found, base)["description"]
+    for other in (found | {"private": False}, own, with_teacher(own, NAMES | {"kind": "base"})):
+        assert not teacher_left_out_line(other) and "alone" not in privacy_line(other)
 
 
 @pytest.mark.parametrize("known", [True, False])

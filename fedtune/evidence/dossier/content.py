@@ -32,6 +32,7 @@ from fedtune.core.registry.metrics import METRICS
 from fedtune.evidence.dossier.facts import MISSING, escape_key, resolve, show
 from fedtune.report.claim import fallback, limits
 from fedtune.report.gain import headline, is_start_released
+from fedtune.report.teacher import teacher_left_out_line
 
 FORMAT = "fedtune-dossier-1"
 Block = dict[str, Any]
@@ -64,6 +65,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
         and {*(_report(found, "declared") or {})} >= {*found["evidence.json"]["sites"]}
     ),
     "free query": lambda found: bool(_report(found, "free_query")),
+    "teacher left out": lambda found: bool(teacher_left_out_line(found["report.json"])),
     "patients": lambda found: _report(found, "privacy", "unit") == "patient",
     "records": lambda found: _report(found, "privacy", "unit") == "record",
     "continuous": lambda found: bool(_report(found, "continuous")),

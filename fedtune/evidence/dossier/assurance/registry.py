@@ -16,6 +16,7 @@ from fedtune.evidence.dossier.content import WHEN, Documents
 from fedtune.evidence.dossier.facts import base_name, show
 from fedtune.evidence.dossier.markdown import TO_FILL
 from fedtune.report.claim import assumptions, fallback, limits, protects
+from fedtune.report.teacher import teacher_left_out_line
 
 FILE = "registry.yaml"
 SECTION = "registry"  # the section whose blanks are this file's
@@ -86,7 +87,7 @@ def _entry(found: Documents, typed: Mapping[str, str], made: str) -> dict[str, A
                     "epsilon": float(rounded_up(privacy["epsilon"])),
                     "delta": privacy["delta"],
                 },
-                "privacy_parameters_details": _parameters(privacy),
+                "privacy_parameters_details": _parameters(report),
             },
             "deployment_model": {
                 "model_name": "Federated",
@@ -135,13 +136,14 @@ def _unprotected(found: Documents) -> str:
     return "\n".join(f"- {text}" for text in told)
 
 
-def _parameters(privacy: dict[str, Any]) -> str:
-    """Return sentences on the run's ε. privacy: the table "privacy" of report.json. The sentences
-    say:
+def _parameters(report: dict[str, Any]) -> str:
+    """Return sentences on the run's ε. report: the content of report.json. The sentences say:
 
     - over which sites and rounds ε is taken
     - if the sites share noise: under which assumption ε holds, and which larger ε holds without it
-    - if queries were answered: the ε for somebody who is also among the held-out records"""
+    - if queries were answered: the ε for somebody who is also among the held-out records
+    - if the cost of the run's teacher is not in ε: that it is not, and why"""
+    privacy = report["privacy"]
     told = ["ε is the largest of the sites', rounded up, over all rounds."]
     if alone := fallback(privacy):
         told.append(
@@ -153,6 +155,7 @@ def _parameters(privacy: dict[str, Any]) -> str:
             "For somebody who is also among the held-out records that were asked about, ε = "
             f"{rounded_up(asked['with_training'])}."
         )
+    told += [said] if (said := teacher_left_out_line(report)) else []
     return " ".join(told)
 
 
