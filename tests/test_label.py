@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,14 @@ from fedtune.core.config import Columns, DataFile, load_study
 from fedtune.core.data.tokenize import prompt_ids
 from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.models.loaded import LoadedModel
+from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.registry import process_cache
+from fedtune.core.run_folder import is_exported
+from fedtune.derive import lineage
 from fedtune.derive.distill import distill
 from fedtune.derive.label import _file_and_exclusion
 from fedtune.derive.lineage import require_private
-from fedtune.derive.merge import merge_runs
+from fedtune.derive.merge import load_parent, merge_runs
 from fedtune.derive.preferences import (
     VerdictJudge,
     load_generator,
@@ -288,7 +291,7 @@ def test_an_exported_model_is_neither_base_nor_known(
     folder.mkdir()
     for name in ("config.json", "report.json"):
         (folder / name).write_text("{}")
-    model: Any = SimpleNamespace(study=None, digest="sha256:1")
+    model: Any = SimpleNamespace(study=None, digest="sha256:1", base=SimpleNamespace(path=folder))
     prompts: Any = None  # not read
     study: Any = SimpleNamespace(
         objective=SimpleNamespace(
@@ -308,8 +311,7 @@ def test_an_exported_model_is_neither_base_nor_known(
     with pytest.raises(ConfigError, match="is an exported model"):
         distill([], prompts, tmp_path / "out", student=str(folder))
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the ~ of --generator=~/model
-    with pytest.raises(Refused, match="exported model"):
-        require_private(model, "generator", "~/exported")
+    assert is_exported(Path("~/exported"))
     (folder / "report.json").unlink()
     assert describe() == (True, "base")
 
@@ -322,3 +324,37 @@ def test_an_exported_model_is_no_base_of_a_study(tmp_path: Path, tiny_base: Path
     (model / "report.json").write_text("{}")
     with pytest.raises(ConfigError, match="is an exported model"):
         start(load_study(plan))
+
+
+def test_a_run_on_an_exported_model_is_private_for_nothing(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier code trained such runs: what their base cost is in no report of theirs. None is a
+    judge, a generator or a parent, and a teacher's cost is not known. Twin: the same run while its
+    base is no exported model."""
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    folder = tmp_path / "study"
+    plan = lay_out(folder, model, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
+    run = tmp_path / "run"
+    simulate(plan, sorted(folder.glob("site-*.toml")), run)
+    digest = load(run).digest
+    study: Any = SimpleNamespace(
+        objective=SimpleNamespace(
+            resolved=SimpleNamespace(teacher_spec=SimpleNamespace(name="t", digest=digest))
+        )
+    )
+    monkeypatch.setattr(teacher_admission, "folder_of", lambda spec: run)
+
+    uses: list[Callable[[], Any]] = [
+        lambda: load_generator(str(run)),
+        lambda: lineage.parent(Run(run), load(run), "teacher"),
+        lambda: load_parent(Run(run)),
+    ]
+    for use in uses:
+        use()
+    assert (teacher_admission.describe_teacher(study) or {})["kind"] == "run"
+    (model / "report.json").write_text("{}")
+    for use in (*uses, lambda: load_judge(str(run))):
+        with pytest.raises(Refused, match="whose base, model, is an exported model"):
+            use()
+    assert (teacher_admission.describe_teacher(study) or {})["kind"] == "unknown"

@@ -26,8 +26,11 @@ def require_private(model: LoadedModel, role: str, source: str) -> None:
     - role: what the error calls it, such as "judge"
     - source: the base's name or the run's folder, from which the model was loaded
 
-    Errors: Refused; InputError if the run has no report."""
-    if model.study is None and is_exported(Path(source)):
+    Errors: Refused (also for an exported model, and for a run on one); InputError if the run has no
+    report."""
+    if model.study is not None:
+        require_counted_base(model.base.path, role)
+    elif is_exported(model.base.path):
         raise Refused(
             f"the {role} is an exported model ({model.digest}), and was trained by a run",
             "a base, or the run from which the model was exported, whose report says what it cost",
@@ -49,11 +52,28 @@ def require_private(model: LoadedModel, role: str, source: str) -> None:
     )
 
 
+def require_counted_base(base: Path, role: str) -> None:
+    """Check that the base of a run is no exported model. The run that trained an exported model
+    read records, and their cost is in no report of a run that started from it.
+
+    base: the folder of the run's base; role: what the error calls the run, such as "judge". Errors:
+    Refused."""
+    if is_exported(base):
+        raise Refused(
+            f"the {role} is a run whose base, {base.name}, is an exported model: another run "
+            "trained it, whose cost is not in this run's ε",
+            "a run on a base that no record of the sites trained",
+            "train the study again on the base of that other run",
+        )
+
+
 def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
     """Describe a parent run for the report of a derived model: "name", "role", "plan" (a digest),
     "digest" (the model's) and "report", the whole report. role: what the parent was for, such as
-    "teacher". Errors: InputError; NotGenuine (the run was changed after it was signed)."""
+    "teacher". Errors: InputError; NotGenuine (the run was changed after it was signed); Refused
+    (its base is an exported model)."""
     check_signed(run.folder)
+    require_counted_base(model.base.path, role)
     return {
         "name": run.study.study.name,
         "role": role,

@@ -15,7 +15,7 @@ from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.lora import Arrays
 from fedtune.derive import derived_run
 from fedtune.derive.adapter_files import save_adapter
-from fedtune.derive.lineage import warn_of_cost
+from fedtune.derive.lineage import require_counted_base, warn_of_cost
 from fedtune.derive.merge_methods import Adapter, Method, Moments, densities_of, merge
 from fedtune.evidence.verify import check_signed
 from fedtune.report.declared import declared_in
@@ -54,8 +54,9 @@ def load_parent(run: Run) -> Parent:
     """Load a finished run for merging, after a check of its signature if it has one.
 
     Errors: InputError, ConfigError or ModelError if the run is unfinished or has no adapter;
-    NotGenuine if it was changed after it was signed."""
+    NotGenuine if it was changed after it was signed; Refused if its base is an exported model."""
     check_signed(run.folder)
+    require_counted_base(Path(run.study.base.model), "parent")
     if run.study.lora is None:
         raise ConfigError(
             f"{run.folder}: trained a head and no adapter",
@@ -98,7 +99,7 @@ def merge_runs(
     Guarantee: this is post-processing of released adapters. The new run's ε is composed as in
     accounting/composed_epsilon.py.
 
-    Errors: InputError, ConfigError, ModelError, InfrastructureError, NotGenuine."""
+    Errors: InputError, ConfigError, ModelError, InfrastructureError, NotGenuine, Refused."""
     out = Path(out)
     check_new(out)
     if len(runs) < 2:

@@ -19,7 +19,7 @@ from fedtune.core.files.writing import drafted
 from fedtune.core.run_folder import HEAD, is_exported
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
-from fedtune.derive.lineage import warn_of_cost
+from fedtune.derive.lineage import require_counted_base, warn_of_cost
 from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import RUN
@@ -53,13 +53,15 @@ def merge_models(
     Guarantee: this is post-processing of released models. The new model's ε is composed as in
     accounting/composed_epsilon.py.
 
-    Errors: ConfigError, ModelError, InfrastructureError; NeverLeaves for a personal model."""
+    Errors: ConfigError, ModelError, InfrastructureError; NeverLeaves for a personal model; Refused
+    if the models' base is itself an exported model."""
     out = Path(out)
     check_new(out)
     for folder in folders:
         refuse_personal(folder)
     reports = _reports(folders)
     base = find_base(reports[0]["base"]["name"], reports[0]["base"]["digest"])
+    require_counted_base(base.path, "parent")
     digests = [digest(folder) for folder in folders]
     if len(set(digests)) != len(digests):
         raise ConfigError("two of the models are the same", "models that differ")

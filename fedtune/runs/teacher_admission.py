@@ -6,6 +6,7 @@ loads has this digest (core/models/loaded.py), and verifies no signature."""
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from fedtune.core.bases.find import base_of_plan, place_of
@@ -13,7 +14,7 @@ from fedtune.core.config import Study
 from fedtune.core.errors import FedtuneError
 from fedtune.core.models.loaded import PLAN, load
 from fedtune.core.models.teacher import folder_of
-from fedtune.core.run_folder import is_exported
+from fedtune.core.run_folder import is_exported, load_plan
 from fedtune.evidence.verify import check_signed
 from fedtune.report.run_files import read_report
 from fedtune.runs.verify_model import verify
@@ -47,8 +48,9 @@ def check_teacher(study: Study) -> None:
 def describe_teacher(study: Study) -> dict[str, Any] | None:
     """Describe the study's teacher for a report; None if the study has none.
 
-    Returns its "name", "digest", "kind" ("base", "run", or "unknown" if it is not on this machine
-    or its folder now holds another model) and, for a run, "report" (None if it has no report)."""
+    Returns its "name", "digest", "kind" and, for a run, "report" (None if it has no report). The
+    kind is "base", "run", or "unknown": it is not on this machine, its folder now holds another
+    model, or it is an exported model or a run on one."""
     spec = study.objective.resolved.teacher_spec
     if spec is None:
         return None
@@ -65,6 +67,8 @@ def describe_teacher(study: Study) -> dict[str, Any] | None:
             return facts  # trained by a run whose report is not the folder's own: cost not known
         if not (folder / PLAN).is_file():
             return facts | {"kind": "base"}
+        if is_exported(Path(load_plan(folder).base.model)):
+            return facts  # its report does not hold the cost of the run that trained its base
         facts |= {"name": name, "kind": "run", "report": None}
         facts["report"] = read_report(folder, "private")
     return facts

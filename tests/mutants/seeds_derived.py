@@ -40,9 +40,21 @@ MADE_MUTANTS = (
     ),
     _one(
         "derived", "an-exported-judge-is-a-base", "fedtune/derive/lineage.py",
-        "    if model.study is None and is_exported(Path(source)):\n", "    if False:\n",
+        "    elif is_exported(model.base.path):\n", "    elif False:\n",
         "tests/test_label.py::test_an_exported_model_is_neither_base_nor_known",
         "a model trained without noise on the records writes their answers",
+    ),
+    _one(
+        "derived", "a-run-on-an-exported-model-is-private", "fedtune/derive/lineage.py",
+        "    if is_exported(base):\n", "    if False:\n",
+        "tests/test_label.py::test_a_run_on_an_exported_model_is_private_for_nothing",
+        "a run whose base was trained without noise on the records writes their answers",
+    ),
+    _one(
+        "derived", "a-teacher-on-an-exported-model-is-paid", "fedtune/runs/teacher_admission.py",
+        "        if is_exported(Path(load_plan(folder).base.model)):\n", "        if False:\n",
+        "tests/test_label.py::test_a_run_on_an_exported_model_is_private_for_nothing",
+        "a report says that its ε holds a teacher's whole cost, which is not known",
     ),
     _one(
         "derived", "a-personal-model-of-another-column-opens", "fedtune/runs/personal.py",

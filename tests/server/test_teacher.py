@@ -155,7 +155,8 @@ def test_a_run_whose_teacher_is_not_paid_for_is_no_private_parent(
     assert bool(warn_of_cost([own])) is not known
     run = SimpleNamespace(private=True, report=own)
     monkeypatch.setattr("fedtune.derive.lineage.Run", lambda source: run)
-    model: Any = SimpleNamespace(study=SimpleNamespace(private=True), digest="sha256:1")
+    base, study = SimpleNamespace(path=Path("base")), SimpleNamespace(private=True)
+    model: Any = SimpleNamespace(study=study, base=base, digest="sha256:1")
     with nullcontext() if known else pytest.raises(Refused, match="was trained without privacy"):
         require_private(model, "judge", "run")
 
