@@ -23,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
@@ -34,7 +33,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -114,11 +113,8 @@ class Guard:
         """Return None if the request's cookie holds the token. If the address holds the token,
         return a response that sets the cookie and redirects to the address without the token. If
         neither does, return a 401."""
-        sent = SimpleCookie()
-        for key, value in scope["headers"]:
-            if key == b"cookie":
-                sent.load(value.decode("latin-1"))
-        if (morsel := sent.get(self._cookie)) and self._is_token(morsel.value):
+        # http.cookies would raise for names that browsers send, such as those of other programs.
+        if self._is_token(HTTPConnection(scope).cookies.get(self._cookie, "")):
             return None
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if not self._is_token(given):

@@ -65,6 +65,18 @@ def test_a_wrong_cookie_is_401_and_the_right_token_becomes_one(run: Path) -> Non
     assert client(run).get("/", headers={"cookie": f"{name}=wrong"}).status_code == 401
 
 
+@pytest.mark.parametrize("other", ["a@b=1", "x/y=1", "(=1", "=", "; ;", "é=1"])
+def test_a_cookie_of_another_program_changes_nothing(run: Path, other: str) -> None:
+    """Browsers send all cookies of 127.0.0.1, whichever port set them, and whatever their names."""
+    browser = client(run)
+    found = browser.get(f"/?token={TOKEN}", follow_redirects=False)
+    own = found.headers["set-cookie"].partition(";")[0]
+    browser.cookies.clear()
+    for sent, status in ((other, 401), (f"{other}; {own}", 200), (f"{own}; {other}", 200)):
+        answer = browser.get("/", headers={"cookie": sent.encode("latin-1")})
+        assert answer.status_code == status and "content-security-policy" in answer.headers
+
+
 REBOUND = ("attacker.example", "127.0.0.1.attacker.example", "[::1].attacker.example")
 FOREIGN = (*REBOUND, "[::1]attacker", "[::1]:80.attacker", "localhost:80:90", "[::2]:80", "")
 
