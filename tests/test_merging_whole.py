@@ -99,3 +99,24 @@ def test_what_a_signed_run_says_counts_and_not_the_report_beside_it(
     shutil.rmtree(forged / "run")
     with pytest.raises(ConfigError, match="different bases"):
         merge_exported._reports([models[0], forged])
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_a_quantised_base_is_no_base_of_whole_models(
+    models: list[Path], tmp_path: Path, run: bool
+) -> None:
+    """The plan of the run beside the model says it, or else the model's own report. Twin: the same
+    models of a base that is not quantised."""
+    copies = [shutil.copytree(model, tmp_path / model.name) for model in models]
+    assert len(merge_exported._reports(copies)) == 2
+    file = copies[0] / ("run/plan.json" if run else "report.json")
+    body = json.loads(file.read_text())
+    body["base"]["quantisation"] = {"method": "nf4"}
+    if run:  # an unsigned run, whose files may be changed
+        for name in ("signature.json", "evidence.json"):
+            (copies[0] / "run" / name).unlink()
+    else:
+        shutil.rmtree(copies[0] / "run")
+    file.write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match="of a quantised base cannot be merged"):
+        merge_exported._reports(copies)

@@ -16,7 +16,7 @@ from fedtune.core.bases.digest import digest, read_json
 from fedtune.core.bases.find import find_base
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.files.writing import drafted
-from fedtune.core.run_folder import HEAD, is_exported
+from fedtune.core.run_folder import HEAD, is_exported, load_plan
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.lineage import require_counted_base, warn_of_cost
@@ -138,7 +138,7 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
         raise ConfigError(
             "the models were made from different bases", "exported runs of one base.digest"
         )
-    if any(report_body["base"].get("quantisation") for report_body in reports):
+    if any(map(_is_quantised, folders, reports)):
         raise ConfigError(
             "an exported model of a quantised base cannot be merged: its weights differ from those "
             "of the base by the quantisation too",
@@ -146,6 +146,15 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
             "merge the runs in place of the exported models",
         )
     return reports
+
+
+def _is_quantised(folder: Path, report: dict[str, Any]) -> bool:
+    """Return whether an exported model's base was quantised: by the plan of the run that was
+    exported with it, or by the model's own report if there is no such run. A run's report does not
+    say it. report: the report that counts for the model."""
+    if (run := folder / RUN).is_dir():
+        return load_plan(run).base.quantisation is not None
+    return bool(report["base"].get("quantisation"))
 
 
 def _signed_run(folder: Path) -> Path:

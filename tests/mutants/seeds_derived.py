@@ -258,6 +258,12 @@ MERGE_MUTANTS = (
         "merging and export scale by another number than training did",
     ),
     _one(
+        "merge", "a-quantised-base-is-merged-whole", "fedtune/derive/merge_exported.py",
+        "return load_plan(run).base.quantisation is not None", "return False",
+        "tests/test_merging_whole.py::test_a_quantised_base_is_no_base_of_whole_models",
+        "the errors of quantisation are added up as if they had been trained",
+    ),
+    _one(
         "export", "rotary-halves-stay-apart", "fedtune/derive/gguf.py",
         "tensor = interleave_rows(tensor, shared)", "pass",
         "tests/test_export.py::test_transformers_own_reader_gives_the_same_logits",
