@@ -553,6 +553,19 @@ def test_every_output_of_a_run_names_its_declared_sites(study: Path) -> None:
     assert declared_in([report, private]) == {"simulation": True}
 
 
+def test_what_was_private_in_a_run_without_privacy_is_not_declared() -> None:
+    """Its report lists the sites in its rounds alone, and that of a model which was derived from it
+    nowhere. Twin: a run without privacy where the site declared its data too."""
+    from fedtune.report.declared import declared_in
+
+    north = {"declared": {"north": "public"}}
+    report = {"private": True, "privacy": {"sites": {"north": {}}}} | north
+    off: dict[str, Any] = {"private": False, "privacy": {"mode": "off"}}
+    ran = off | {"rounds": [{"participants": ["north", "south"]}]}
+    assert declared_in([report, ran]) == declared_in([report, off | {"rounds": []}]) == {}
+    assert declared_in([report, ran | north]) == declared_in([report]) == north
+
+
 def test_a_site_that_cannot_say_what_a_run_cost_it_states_no_epsilon(study: Path) -> None:
     """Of its rounds in the run, which were charged per record, before it named its patients. Twin:
     the site as it was."""

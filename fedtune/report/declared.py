@@ -99,18 +99,26 @@ def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     out.
 
     A site is in "declared" (site -> "public" or "generated") if its data was private in none of the
-    runs, and in "free_query" if a query or a view selected its records in one of them. "simulation"
-    and "invented" are set if they are set for one of the runs."""
+    runs, and no site is if one of the reports does not say which sites took part, as that of a
+    model that was derived from a run without privacy. A site is in "free_query" if a query or a
+    view selected its records in one of the runs. "simulation" and "invented" are set if they are
+    set for one of them."""
     declared: dict[str, str] = {}
     private = set[str]()
     uncovered = set[str]()
     marks = dict[str, bool]()
+    is_complete = True
     for report in reports:
         marks |= {mark: True for mark in ("simulation", "invented") if report.get(mark)}
         uncovered |= {*report.get("free_query", ())}
         said = report.get("declared") or {}
-        private |= set((report.get("privacy") or {}).get("sites") or {}) - set(said)
+        took_part = set((report.get("privacy") or {}).get("sites") or {})
+        for entry in report.get("rounds") or []:  # a run without privacy lists its sites here alone
+            took_part |= set(entry.get("participants") or ())
+        is_complete = is_complete and bool(took_part)
+        private |= took_part - set(said)
         declared |= said
     left = {name: what for name, what in sorted(declared.items()) if name not in private}
+    left = left if is_complete else {}
     sections = {"declared": left, "free_query": sorted(uncovered)}
     return {name: section for name, section in sections.items() if section} | marks
