@@ -247,6 +247,27 @@ def test_a_sites_own_fingerprint_is_compared(signed, tmp_path: Path) -> None:
     assert verify(copy, sites={"north": own.replace(" ", "-")}).sites["north"]["fingerprint"] == own
 
 
+@pytest.mark.parametrize("release", ["0.0.9", None])
+def test_the_sentences_of_another_release_are_said_not_to_be_compared(
+    signed, tmp_path: Path, release: str | None
+) -> None:
+    """Else a report that names another release says whatever it likes of its quality. Twin: a
+    report of this release that says the same is refused."""
+
+    def change(report: dict[str, Any]) -> None:
+        report["quality"]["headline"] = ["It is better than the base."]
+        report["fedtune"] = release or report["fedtune"]
+
+    copy = forged(signed[0], tmp_path, change)
+    told = command("verify", copy, "--simulation")
+    if release is None:
+        assert told.exit_code == 2 and "quality.headline is not what" in told.stderr
+        return
+    assert verify(copy).made_by == release and told.exit_code == 3
+    assert "not compared the sentences about quality" in told.stdout
+    assert f"fedtune {release} made the run" in " ".join(told.stderr.split())
+
+
 def test_the_command_trusts_nobody_by_itself(signed, tmp_path: Path) -> None:
     folder, found = signed
     unknown = command("verify", folder)

@@ -92,8 +92,9 @@ def verify(
     For a dossier, also verify that each of its figures is the run's, and who approved it. This
     works offline, from the folder alone. If anything was changed, it is named, and the exit code is
     2. A folder carries its own keys, so it proves something only to a reader who knows whose they
-    are: without --trust, or if somebody else signed, the exit code is 3. It is also 3 for a dossier
-    whose pages another release of fedtune wrote, and for a simulation whatever --trust says, unless
+    are: without --trust, or if somebody else signed, the exit code is 3. It is also 3 for a run
+    that another release of fedtune made, or a dossier whose pages another release wrote, since this
+    release cannot compare their sentences, and for a simulation whatever --trust says, unless
     --simulation is given: nobody vouches for a simulation's key."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
@@ -125,6 +126,13 @@ def verify(
             "but its signer vouches for them",
             f"pages that fedtune {__version__} wrote",
             f"verify the dossier with fedtune {release}, or rely on what stands here",
+        )
+    if found.made_by != __version__:
+        raise Refused(
+            f"nothing was changed; but by its report fedtune {found.made_by} made the run, so its "
+            "sentences about quality were not compared with its figures",
+            f"a run that fedtune {__version__} made",
+            f"verify the run with fedtune {found.made_by}, or rely on what stands here",
         )
 
 
@@ -261,6 +269,9 @@ def _lines(found: Verified) -> str:
         *_signer_lines(found),
         f"files        {found.files}, as they were signed; {found.updates} updates",
     ]
+    if found.made_by != __version__:
+        lines.append("not compared the sentences about quality in report.json and report.md, which")
+        lines.append(f"{'':13}by the report are of another release, fedtune {found.made_by}")
     if found.released == "start":
         lines.append("released     what public text alone gives; trained/, signed too, is what the")
         lines.append("             sites' records made of it, and was worse by the report")

@@ -99,7 +99,8 @@ def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> 
 def headline(run: Path, report: dict[str, Any]) -> None:
     """Check that report.json and report.md hold the sentences about quality that follow from the
     report's figures. Only a report of this release is checked, since the sentences of another
-    release may differ. Of a merged run, only the sentences in report.json are checked.
+    release may differ; `Verified.made_by` names the release. Of a merged run, only the sentences in
+    report.json are checked.
 
     run: the run's folder, with report.md; report: the content of report.json. Errors: NotGenuine if
     a sentence is missing or differs."""

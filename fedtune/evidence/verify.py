@@ -83,6 +83,8 @@ class Verified:
       records; ε does not cover this selection
     - left_out: the sentence which says that `epsilon` does not hold the cost of the run's teacher,
       and why, by the report; "" if the run has no such teacher
+    - made_by: the release of fedtune that the report names. If it is not this release, the
+      sentences about quality were not compared with the report's figures
     - exported: whether the run was found inside an exported model, whose weights nobody signed
     - capped: whether `epsilon` is the plan's bound for one patient instead of the ε of all steps
       together; the sites leave out a patient who has reached this bound
@@ -116,6 +118,7 @@ class Verified:
     declared: dict[str, str] = field(default_factory=dict)
     free_query: tuple[str, ...] = ()
     left_out: str = ""
+    made_by: str = ""
     exported: bool = False
     capped: bool = False
     released: str = ""
@@ -196,6 +199,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         declared=report.get("declared") or {},
         free_query=tuple(report.get("free_query") or ()),
         left_out=left_out,
+        made_by=str(report.get("fedtune"))[:64],
         exported=exported is not None,
         released=chosen,
         verdicts=verdicts,
