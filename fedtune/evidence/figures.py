@@ -358,22 +358,31 @@ def _without_teacher(
     if "student_epsilon" not in teacher or study.objective.resolved.teacher_spec is None:
         return said
     own = {"epsilon": teacher["student_epsilon"], "delta": privacy.delta}
-    own["unit"] = privacy.unit if said["unit"] == "record" else said["unit"]  # a record: the weaker
+    own["unit"] = _unit_without_teacher(said, privacy)
     sites = dict[str, dict[str, Any]]()
     for name, site in said["sites"].items():
         _require_least(path, "epsilon", said["epsilon"], site["epsilon"])
         if "own_epsilon" in site:  # the report also lists sites that trained the teacher alone
             _require_least(path, f"{name}'s epsilon", site["epsilon"], site["own_epsilon"])
-            own_noise = _without_teachers_noise(path, name, site)
-            sites[name] = own_noise | {"epsilon": site["own_epsilon"], "delta": privacy.delta}
+            alone = {"epsilon": site["own_epsilon"], "delta": privacy.delta}
+            alone["unit"] = _unit_without_teacher(site, privacy)
+            sites[name] = _without_teachers_noise(path, name, site) | alone
     for table in (said, *said["sites"].values()):
         if not 0 < table["delta"] <= privacy.delta:
             fail(path, f"delta is {table['delta']}", f"at most the plan's, {privacy.delta}")
     if asked := said.get("evaluation"):
-        alone = max(site["with_training"] for site in asked["sites"].values())
-        _require_least(path, "with_training", asked["with_training"], alone)
-        own["evaluation"] = asked | {"with_training": alone}
+        least = max(site["with_training"] for site in asked["sites"].values())
+        _require_least(path, "with_training", asked["with_training"], least)
+        own["evaluation"] = asked | {"with_training": least}
     return _without_teachers_noise(path, "the run", said) | own | {"sites": sites}
+
+
+def _unit_without_teacher(said: dict[str, Any], privacy: PrivacyTable) -> str:
+    """Return the unit for which a student's own ε holds. It is the plan's if the ε of both
+    trainings is for a record, the weaker unit, since the teacher's ε may have been; otherwise it is
+    as stated. said: the report's figures of the run or of a site; privacy: the plan's table
+    [privacy]."""
+    return privacy.unit if said["unit"] == "record" else str(said["unit"])
 
 
 def _without_teachers_noise(path: Path, name: str, said: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
       the run's report
 
     If student and teacher are both private runs, "epsilon" of each site becomes the ε of both
-    trainings together, composed as `fedtune merge` composes parents; "own_epsilon" is the ε of the
-    student's rounds alone.
+    trainings together, composed as `fedtune merge` composes parents, for the weaker of their units;
+    "own_epsilon" is the ε of the student's rounds alone, for the unit of the student's plan.
     Guarantee: the stated ε is never less than the ε of all trainings in which one unit took part,
     unless the report says that the teacher's cost, or that of a teacher before it, is not known, or
     that one of these was trained without privacy.
@@ -64,7 +64,7 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     sites = dict[str, Any](both["sites"])
     for name, site in own.get("sites", {}).items():
         total = sites.get(name) or {}
-        spent = {key: total[key] for key in ("epsilon", "delta", "events") if key in total}
+        spent = {key: total[key] for key in ("epsilon", "delta", "unit", "events") if key in total}
         spent |= _with_shared_noise(site, total)
         sites[name] = site | {"own_epsilon": site["epsilon"]} | spent
     total = {key: both[key] for key in ("epsilon", "delta", "unit")}

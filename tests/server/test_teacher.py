@@ -109,6 +109,22 @@ def test_epsilon_by_a_sites_own_noise_alone_is_of_both_trainings(shares: str) ->
             take_out()
 
 
+@pytest.mark.parametrize("unit", ["patient", "record"])
+def test_the_weaker_unit_stands_beside_each_epsilon_of_both_trainings(unit: str) -> None:
+    """`verify` compares the student's own ε for the unit of its plan. Twin: a teacher per
+    patient."""
+    teacher = run_of({"north": (B, "k1")})
+    for table in (teacher["report"]["privacy"], teacher["report"]["privacy"]["sites"]["north"]):
+        table["unit"] = unit
+    found = with_teacher(student({"north": (A, "k1"), "south": (A, "k2")}), teacher)
+    tables = (found["privacy"], *found["privacy"]["sites"].values())
+    assert [table["unit"] for table in tables] == [unit] * 3
+    plan: Any = SimpleNamespace(objective=SimpleNamespace(resolved=SimpleNamespace(teacher_spec=1)))
+    terms: Any = SimpleNamespace(delta=1e-4, unit="patient")
+    own = figures._without_teacher(Path("report.json"), plan, found, terms)
+    assert [table["unit"] for table in (own, *own["sites"].values())] == ["patient"] * 3
+
+
 def test_a_site_that_trained_the_teacher_alone_is_listed() -> None:
     found = with_teacher(student({"north": (A, "k1")}), run_of({"west": (B, "k3")}))
     assert close(found["privacy"]["sites"]["west"]["epsilon"], alone(B))
