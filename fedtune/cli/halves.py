@@ -106,6 +106,16 @@ def vault(
             show_default=False,
         ),
     ] = None,
+    checked: Annotated[
+        Path | None,
+        typer.Option(
+            "--checked",
+            metavar="FILE",
+            help="With --request: the settings that were checked when `fedtune vault` was started, "
+            "in its state folder. It gives the command of vault.run this option.",
+            show_default=False,
+        ),
+    ] = None,
     once: ONCE = False,
     processes: PROCESSES = 1,
     watch: WATCH = False,
@@ -124,12 +134,18 @@ def vault(
         raise InputError(
             "--request is given without --spool", "--spool DIR, the folder that holds the request"
         )
+    if (request is None) != (checked is None):
+        raise InputError(
+            "only one of --request and --checked is given",
+            "both, as `fedtune vault` gives them to the command of vault.run",
+            "start `fedtune vault SITE --spool DIR`, which checks the site first",
+        )
     if once and spool:
         raise InputError(
             "--once cannot be combined with --spool",
             "--once at the courier, which is connected to the coordinator",
         )
-    given = socket, spool, request
+    given = socket, spool, request, checked
     _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, *given)
 
 
@@ -188,14 +204,17 @@ def _take_part(
     socket: Path | None = None,
     spool: Path | None = None,
     request: str | None = None,
+    checked: Path | None = None,
 ) -> None:
     from rich.console import Console
 
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
+    from fedtune.core.config.checked import load_checked
     from fedtune.observe import observer
 
-    loaded, path = load_site(site), site.resolve()
+    path = site.resolve()
+    loaded = load_checked(checked, path) if checked else load_site(site)
     network.join(loaded, answer, fingerprint)
     screen = Watch(Console(), f"site {loaded.site.name}: checking its records")
     seen = observer(
@@ -211,8 +230,8 @@ def _take_part(
             from fedtune.launch import spooled
 
             how: dict[str, Any] = {"watch": watch, "processes": processes, "on_event": events}
-            if request:
-                spooled.answer_request(path, spool, request, **how)
+            if request and checked:
+                spooled.answer_request(path, spool, request, checked, **how)
             else:
                 spooled.answer_requests(path, spool, **how)
         else:

@@ -28,7 +28,9 @@ from cryptography import x509
 
 from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
+from fedtune.core.config.checked import checked_file, load_checked
 from fedtune.core.errors import (
+    ConfigError,
     FedtuneError,
     InfrastructureError,
     PolicyRefused,
@@ -89,6 +91,8 @@ def join(
 
     Before the site connects, `check_before_joining` checks its site file, data sheet and records.
     If the site file declares data public or generated, that function also signs the declaration.
+    Halves that are started again work with the tables that were checked then: of what a person
+    changes in the site file meanwhile, only the policy counts.
 
     - site_path: the site's site.toml
     - once: whether to return when a coordinator that gave this site work has gone
@@ -158,7 +162,11 @@ def place_of(link: Link, watch: bool) -> dict[str, Any]:
 
 def check(site: Site, path: Path) -> None:
     """Run `check_before_joining` in a separate process, so that a person at the site can correct
-    errors before the site connects. path: the site file. Errors: those of `check_before_joining`;
+    errors before the site connects. That process stores the tables that it checked, with which
+    every vault of this start works.
+
+    site: the site as this process loaded it. path: the site file. Errors: those of
+    `check_before_joining`; ConfigError if the process checked other tables than those of `site`;
     InfrastructureError if the process fails for another reason."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
@@ -174,6 +182,12 @@ def check(site: Site, path: Path) -> None:
                     raise error_of(facts)
                 _say_again(event, facts)
         child.wait()
+    if load_checked(checked_file(site), path) != site:
+        raise ConfigError(
+            f"{path}: was changed while it was checked",
+            "one state of the file, and of hospital.toml, until the site has joined",
+            "start this site again",
+        )
 
 
 @dataclass
@@ -211,6 +225,7 @@ class Halves:
             self.of_courier = EventReader(told_by_courier)
             options = [str(self.path), str(answers.fileno()), str(tells_vault)]
             options += [str(self.processes), json.dumps(self.place)]
+            options += [str(checked_file(self.site))]
             keep = [answers.fileno(), tells_vault]
             log_file = state / "vault.log"
             vault = Child("vault", options, home=state / HOME, log=log_file, keep=keep)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.core.config import Site, load_site
+from fedtune.core.config.checked import checked_file, load_checked
 from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.files.writing import remove_drafts
 from fedtune.core.processes import (
@@ -127,24 +128,26 @@ def answer_request(
     site_path: Path,
     folder: Path,
     name: str,
+    checked: Path,
     *,
     watch: bool = False,
     processes: int = 1,
     on_event: OnEvent,
 ) -> None:
     """Answer one request in a spool, and return. The command in vault.run does this, after
-    `answer_requests` has checked the site.
+    `answer_requests` has checked the site. Of the site file as it is now, only the policy counts.
 
     - site_path: the site's site.toml
     - folder: the spool: the folder that courier and vault share
     - name: the request's name, 64 hexadecimal digits
+    - checked: the file with the tables that `answer_requests` checked
     - watch: whether to take part only in studies without a last round
     - processes: the number of processes that share each step
     - on_event: called with each event's name and facts
 
-    Errors: InfrastructureError if there is no such request, or no answer could be written; the
-    other errors of `answer_requests`."""
-    site, spool = load_site(site_path), Spool.at(folder)
+    Errors: InfrastructureError if there is no such request, or no answer could be written;
+    ConfigError if `checked` cannot be read; the other errors of `answer_requests`."""
+    site, spool = load_checked(checked, site_path), Spool.at(folder)
     shown = Shown(site, on_event, halves=("vault",))
     with (
         until_stopped(on_event),
@@ -186,7 +189,7 @@ def _vault(
 ) -> Any:
     """Start a vault that answers the requests in a spool.
 
-    - site, path: the site and its file
+    - site, path: the site, with the tables that were checked, and its file
     - spool: the spool
     - watch: whether to take part only in studies without a last round
     - processes: the number of processes that share each step
@@ -197,7 +200,7 @@ def _vault(
     check_not_put_back(site.home)  # it may be unmounted by now, or on another machine
     note_head(site.home)
     state, place = site.site.state, place_of(read_link(site, path), watch)
-    rest = [str(processes), json.dumps(place), *filter(None, [name])]
+    rest = [str(processes), json.dumps(place), str(checked_file(site)), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
 
 
@@ -246,7 +249,7 @@ def _start_for_each(
     if shutil.which(command[0]) is None and not (path.parent / command[0]).is_file():
         raise ConfigError(f"vault.run: {command[0]}: no such program", "one that can be started")
     words = ["vault", str(path), "--spool", str(spool.path), *(["--watch"] if watch else [])]
-    words += ["--processes", str(processes), "--request"]
+    words += ["--processes", str(processes), "--checked", str(checked_file(site)), "--request"]
     tried, later = Counter[str](), dict[str, float]()
     while True:
         waiting = spool.waiting()

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from fedtune.core.config import load_site
+from fedtune.core.config.checked import keep_checked
 from fedtune.core.errors import FedtuneError
 from fedtune.core.processes import end_with_parent
 from fedtune.core.progress import listening
@@ -17,7 +18,8 @@ from fedtune.core.wire.events import Teller, pass_warnings_on
 
 
 def main(options: list[str]) -> None:
-    """Check a site, and send the findings to the process that started this one.
+    """Check a site, and send the findings to the process that started this one. If nothing is
+    wrong, store the tables that were checked, for the vaults that are started next.
 
     options: the path of site.toml, and the file descriptor to which the findings are written."""
     path, events = options
@@ -31,5 +33,6 @@ def main(options: list[str]) -> None:
     try:
         with listening(tell.step):
             check_before_joining(site)
+        keep_checked(site)
     except FedtuneError as error:
         tell.error(error)

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fedtune.core.config import Site, study_from_json
+from fedtune.core.config.checked import CHECKED
 from fedtune.core.config.records import RECORDS
 from fedtune.core.config.state_files import ACCEPTANCE, FIGURES, LOSSES, PAGE, RECORD
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
@@ -51,6 +52,7 @@ KINDS = {  # name for people -> patterns of paths in the state folder; "*" match
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log", "vault-run.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
+    "settings that were checked at the last start": (CHECKED,),
     "training losses by round": (LOSSES,),
     "what the data sheet attested": ("sheet.json",),
     "pages and figures of acceptances": (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Site, load_site, save
+from fedtune.core.config.checked import checked_file, keep_checked
 from fedtune.core.registry import process_cache
 from fedtune.core.vault.answers import Place, answer
 from fedtune.core.vault.declared import declare
@@ -41,6 +42,20 @@ class Asked:
     @property
     def worker(self) -> SiteWorker:
         return worker(self.place.site).of_run(self.made.study.digest)
+
+    @property
+    def checked(self) -> str:
+        """Where the tables are that a person's start checked; each vault process is given it."""
+        return str(checked_file(self.site))
+
+    def edit(self, **tables: dict[str, Any]) -> None:
+        """Change keys of site.toml, by table."""
+        save(self.site.changed(**tables), self.path)
+
+    def start(self) -> None:
+        """A person starts the site, after it was checked."""
+        keep_checked(self.site)
+        self.restart()
 
     def restart(self) -> None:
         """What the vault's process held in its memory is gone."""
@@ -90,8 +105,8 @@ def a_site(
         text = path.read_text().replace("[data]\n", f'[data]\ndeclared = "{declared}"\n')
         path.write_text(text)
         declare(load_site(path))
-    process_cache.clear("workers")
     asked = Asked(path, begun(base, **changes))
+    asked.start()
     assert asked.prepare().status == "admitted"
     return asked
 

@@ -28,7 +28,7 @@ from tests.test_cli import run
 TEXT = "Ackroyd, seen on the third floor"
 STATE, SITE = Path("state-north"), Path("site-north.toml")
 BY_HAND = (  # what other processes leave, as it is called there
-    "kept-plans/0123456789abcdef.request",
+    "kept-plans/0123456789abcdef.request", "checked-site.json",
     "flower/supernode.log", "flower/app/x.fab", "ranks/config.toml", "rank-1.log", "log.jsonl.1",
     "runs/0123456789abcdef/ledger.db", "runs/0123456789abcdef/site.key", "runs.json", "sheet.json",
     "acceptance/2026-11-28T180000Z-0123abcd/figures.json",

@@ -34,6 +34,7 @@ def a_vault(asked: Asked) -> Iterator[socket.socket]:
     with asks, answers, tells, told:
         state = asked.site.site.state
         options = [str(asked.path), str(answers.fileno()), str(told.fileno()), "1", "{}"]
+        options.append(asked.checked)
         keep = [answers.fileno(), told.fileno()]
         with Child("vault", options, home=state / HOME, log=state / "vault.log", keep=keep):
             answers.close()

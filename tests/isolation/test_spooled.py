@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 
 from fedtune.core.config import VaultTable
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.config.checked import load_checked
+from fedtune.core.config.state_files import COUNTS
+from fedtune.core.errors import ConfigError, DataError, InfrastructureError
 from fedtune.core.vault import kept_plans
 from fedtune.core.vault import worker as site
 from fedtune.core.vault.answers import answer
@@ -31,7 +33,10 @@ from fedtune.core.wire.requests import Answer, Request
 from fedtune.core.wire.spool import Spool, _encode, decode_request
 from fedtune.courier.process import by_file
 from fedtune.flower.ports import free_port
+from fedtune.launch.site import check
+from tests import databases
 from tests.client.airlock_kit import Asked, a_site, contents
+from tests.client.site_kit import notes
 from tests.flower import kit
 from tests.forks import ForkedChild
 from tests.isolation.test_halves import CONFINES, confined
@@ -214,7 +219,8 @@ def a_vault(asked: Asked, spool: Spool, *name: str, broken: str = "") -> Iterato
     with tells, told, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ForkedChild, "before", KILLED + broken)
         state = asked.site.site.state
-        options = [str(asked.path), str(spool.path), str(told.fileno()), "1", "{}", *name]
+        options = [str(asked.path), str(spool.path), str(told.fileno()), "1", "{}"]
+        options += [asked.checked, *name]
         log = state / "vault.log"
         with ForkedChild("vault", options, home=state / HOME, log=log, keep=[told.fileno()]) as one:
             yield one
@@ -351,6 +357,124 @@ def test_what_is_no_request_is_answered_as_a_failure(asked: Asked, spool: Spool)
             until(partial(spool.answer_to, name), 60)
             assert taken(spool, name).status in ("unprepared", "refused")
     assert asked.paid() == 0
+
+
+# ----------------------------------------------------- a site file that changes in mid-study
+
+
+def sample(answer: Answer) -> tuple[float, float]:
+    """Rate and noise of the round's steps, of which there is one kind."""
+    ((rate, sigma),) = {(e["q"], e["sigma"]) for e in json.loads(str(answer.fields["events"]))}
+    return rate, sigma
+
+
+def rounds_paid(asked: Asked) -> set[int]:
+    return {each.charge.round for each in asked.worker.ledger.spending()}
+
+
+def query(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a site whose records a query selects."""
+    made = databases.Made("sqlite", f"sqlite:///{folder}/notes.sqlite")
+    rows = [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
+    made.table("note", [*rows[0]], [[*row.values()] for row in rows])
+    data = {"path": str(folder), "url": made.url, "options": {"query": "SELECT * FROM note"}}
+    return {"data": data, "policy": {"allow_free_query": True}}
+
+
+def test_a_query_that_comes_between_two_orders_waits_until_a_person_starts_the_site(
+    asked: Asked, spool: Spool, tmp_path: Path
+) -> None:
+    """Where each order has a vault of its own. Else the coordinator would never hear of it."""
+    assert answered(asked, spool, asked.plan()).status == "admitted"
+    assert answered(asked, spool, asked.request(round_=1)).status == "trained"
+    asked.edit(**query(tmp_path))
+    assert answered(asked, spool, asked.request(round_=2)).status == "unprepared"
+    refused = answered(asked, spool, asked.plan())  # which the coordinator then sends once more
+    assert refused.status == "refused" and len(rounds_paid(asked)) == 1
+    assert "it did not when the site joined" in str(refused.fields["reason"])
+    asked.start()
+    told = answered(asked, spool, asked.plan())
+    assert told.status == "admitted" and told.fields["free_query"] is True
+    assert answered(asked, spool, asked.request(round_=2)).status == "trained"
+
+
+def test_a_size_that_is_corrected_between_two_orders_waits_until_a_person_starts_the_site(
+    tmp_path: Path, tiny_base: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a study would have two rates and two kinds of noise, and the coordinator know one."""
+    monkeypatch.setattr(site, "self_test", lambda *_: None)
+    steps = {"rounds": 3, "local_steps": 1, "learning_rate": 0.1, "expected_batch": 6}
+    asked = a_site(tmp_path, tiny_base, "immediate", training=steps)
+    assert answered(asked, spool, asked.plan()).fields["declared_size"] == 12
+    first = sample(answered(asked, spool, asked.request(round_=1)))
+    asked.edit(site={"declared_size": 24})
+    assert sample(answered(asked, spool, asked.request(round_=2))) == first
+    assert answered(asked, spool, asked.plan()).fields["declared_size"] == 12
+    asked.start()
+    assert answered(asked, spool, asked.plan()).fields["declared_size"] == 24
+
+
+def test_a_vault_that_is_started_again_by_itself_reads_the_records_that_a_person_had_checked(
+    asked: Asked, spool: Spool, tmp_path: Path
+) -> None:
+    """Those of the site file by now may be another home's, which pays for them. A tighter policy
+    counts all the same."""
+
+    def ask(request: Request) -> Answer:
+        name = spool.ask(request)
+        until(partial(spool.answer_to, name), 60)
+        return taken(spool, name)
+
+    def rows() -> int:
+        counts = json.loads((asked.site.site.state / COUNTS).read_text())
+        return int(counts["records"]["rows"])
+
+    with a_vault(asked, spool):
+        assert ask(asked.plan()).status == "admitted"
+        assert ask(asked.request(round_=1)).status == "trained"
+    before, others = rows(), notes(tmp_path / "other", patients=40)
+    asked.edit(data={"path": str(others)})
+    with a_vault(asked, spool):
+        assert ask(asked.plan()).status == "admitted"
+        assert ask(asked.request(round_=2)).status == "trained" and rows() == before
+        asked.edit(policy={"max_epsilon": 0.01})
+        assert ask(asked.plan()).status == "refused"
+    asked.edit(policy={"max_epsilon": 8.0})
+    asked.start()
+    with a_vault(asked, spool):
+        assert ask(asked.plan()).status == "admitted"
+        assert ask(asked.request(round_=3)).status == "trained" and rows() > before
+
+
+def test_a_start_stores_the_tables_that_it_checked_and_no_others(asked: Asked) -> None:
+    """Only its user can read them, and what is there already is not written once more."""
+    loaded, stored = asked.site, Path(asked.checked)
+    stored.unlink()
+    check(loaded, asked.path)
+    assert load_checked(stored, asked.path) == loaded
+    assert stored.stat().st_mode & 0o777 == 0o600
+    before = stored.stat()
+    check(loaded, asked.path)
+    assert stored.stat().st_ino == before.st_ino
+    asked.edit(site={"declared_size": 24})
+    with pytest.raises(ConfigError, match="was changed while it was checked"):
+        check(loaded, asked.path)
+    asked.edit(policy={"max_delta": 1e-4}, data={"path": "nowhere.jsonl"})
+    there = stored.read_bytes()
+    with pytest.raises(DataError):
+        check(asked.site, asked.path)
+    assert stored.read_bytes() == there
+
+
+def test_a_vault_without_checked_tables_answers_nothing(asked: Asked, spool: Spool) -> None:
+    """And none is started by hand for one request, without them."""
+    Path(asked.checked).unlink()
+    name = spool.ask(asked.plan())
+    with a_vault(asked, spool, name) as vault:
+        assert vault._process.wait() != 0
+    assert spool.answer_to(name) is None and asked.paid() == 0
+    said = command("vault", asked.path, "--spool", spool.path, "--request", name)
+    assert said.exit_code == 2 and "only one of --request and --checked" in said.stderr
 
 
 # ---------------------------------------------------------------------- what a site may ask of it

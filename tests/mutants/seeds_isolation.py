@@ -666,4 +666,24 @@ MUTANTS = (
         T_SPOOLED + "test_a_plan_is_kept_as_long_as_its_study_is_under_way",
         "plans pile up on the ledger's disk",
     ),
+    one(
+        "isolation", "a-vault-works-with-what-the-file-says-when-it-starts", VAULT,
+        "start_worker(path, site)", "start_worker(path, load_site(Path(path)))",
+        T_SPOOLED
+        + "test_a_query_that_comes_between_two_orders_waits_until_a_person_starts_the_site",
+        "a query that comes in mid-study trains, and nobody outside the site hears of it",
+    ),
+    one(
+        "isolation", "the-tables-of-the-first-start-stay", "fedtune/core/config/checked.py",
+        "if path.read_bytes() == content:", "if path.read_bytes():",
+        T_SPOOLED
+        + "test_a_size_that_is_corrected_between_two_orders_waits_until_a_person_starts_the_site",
+        "what a person starts anew takes part with a size that nobody states any more",
+    ),
+    one(
+        "isolation", "other-tables-than-the-clients-are-checked", STARTER,
+        "if load_checked(checked_file(site), path) != site:", "if False:",
+        T_SPOOLED + "test_a_start_stores_the_tables_that_it_checked_and_no_others",
+        "a file that is saved at the wrong moment is half that of the client, half of its vault",
+    ),
 )  # fmt: skip

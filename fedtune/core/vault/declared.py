@@ -106,7 +106,8 @@ def permit_declared(site: Site, home: Ledger) -> None:
 def with_new_policy(current: Site, loaded: Site) -> Site:
     """Return the site as it was when it joined, but with the policy that its file has now.
 
-    current: the site file as it is now; loaded: the site as it was when it joined.
+    current: the site file as it is now; loaded: the site as it was when it joined, which a vault
+    that is started later reads from the tables that were checked then (`core/config/checked.py`).
 
     A changed policy applies from the next order, and so does a hospital's changed list of disjoint
     datasets. Other changes apply only when the site is started again, for three reasons. The

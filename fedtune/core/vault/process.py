@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
+from fedtune.core.config.checked import load_checked
 from fedtune.core.config.database import is_over_tcp, kind_of
 from fedtune.core.errors import InfrastructureError, Stopped, describe, is_fault
 from fedtune.core.files import locks
@@ -78,22 +79,29 @@ def main(options: list[str]) -> None:
     """Answer requests until the courier has ended, or a signal comes. End at once if the process is
     not confined and policy.isolation is "required".
 
-    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME], which are:
+    Guarantee: the records that are read, the ledger that pays and all that the coordinator is told
+    follow from the tables in CHECKED. The site file gives the policy alone (`with_new_policy`).
+
+    options: SITE REQUESTS EVENTS PROCESSES PLACE CHECKED [NAME], which are:
 
     - SITE: the site file
     - REQUESTS: the descriptor of the connection to the courier, or the folder of a spool
     - EVENTS: the descriptor to which events are sent, for the process that started this one
     - PROCESSES: how many processes share each step
     - PLACE: as JSON, the fields of `Place` (how the site takes part) other than the site file
-    - NAME: the one request of the spool to answer; without it all are answered"""
-    path, requests, events, processes, given, *name = options
-    site = load_site(Path(path))
+    - CHECKED: the file of the tables that were checked when a person started this site
+    - NAME: the one request of the spool to answer; without it all are answered
+
+    Errors: ConfigError if the site file or CHECKED cannot be read."""
+    path, requests, events, processes, given, checked, *name = options
+    site = load_checked(Path(checked), Path(path))
+    required = load_site(Path(path), alone=True).policy.isolation == "required"
     means = confine(site, int(processes))
     end_with_parent()
     tell = Teller(Connection(int(events)))
     pass_warnings_on(tell)
     tell("isolation", means.facts())
-    if means.missing and site.policy.isolation == "required":
+    if means.missing and required:
         return  # who started it says why
     from fedtune.core.bases.find import fetching_elsewhere
 
@@ -104,6 +112,9 @@ def main(options: list[str]) -> None:
         listening(tell.step),
         fetching_elsewhere(tell.fetch),
     ):
+        from fedtune.core.vault.worker import start_worker
+
+        start_worker(path, site)
         rest = tell, int(processes), json.loads(given)
         if requests.isdigit():
             serve(Path(path), Connection(int(requests)), *rest)
@@ -227,7 +238,8 @@ def serve_request(
     from fedtune.core.vault.kept_plans import find_plan_request, keep_plan_request
     from fedtune.core.vault.rank_process import team
 
-    place, site = Place(site=str(path), **given), load_site(path)  # type: ignore[arg-type]
+    place = Place(site=str(path), **given)  # type: ignore[arg-type]
+    site = place.worker().site
     spool.remove_drafts()
     content = spool.take(name)
     if content is None:

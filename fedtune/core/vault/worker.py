@@ -88,6 +88,13 @@ def worker(path: str) -> SiteWorker:
     return _workers[path]
 
 
+def start_worker(path: str, checked: Site) -> None:
+    """Make the function `worker` return, for the site file `path`, a SiteWorker with the tables
+    that were checked when a person started the site, whatever the file says by now. checked: these
+    tables (`core/config/checked.py`)."""
+    _workers[path] = SiteWorker(checked, Path(path))
+
+
 def drop_if_changed(path: Path) -> None:
     """Make the function `worker` load the site file `path` anew if the file changed since it was
     loaded. Errors: ConfigError."""
