@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.config import load_site, load_study
+from fedtune.core.config import Site, load_site, load_study
 from fedtune.core.config.study import QUERIES
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import BudgetExceeded
@@ -113,19 +113,27 @@ def test_lost_rounds_of_unknown_studies_end_every_study_that_had_begun(
     assert list_ended(worker.home) == [made.study.study.name]
 
 
+def train_around_a_backup(folder: Path, made: Start) -> Site:
+    """Train round 1 of a study at a new site, back up the ledger to folder/backup, and train round
+    2."""
+    notes(folder)
+    site = make_site(folder, patient="who")
+    worker = SiteWorker(site)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    worker.ledger.backup(folder / "backup")
+    trains(worker, made, 2)
+    return site
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_restore_ends_the_study_unless_the_ledger_was_whole(
     tmp_path: Path, tiny_base: Path, lost: bool
 ) -> None:
     """The step log may name each lost round; a private study had a second life all the same, with
     its attempts and its refused answers forgotten. A whole ledger goes on."""
-    notes(tmp_path)
-    site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
-    worker = SiteWorker(site)
-    assert worker.prepare(made.study, made.frozen).admitted
-    trains(worker, made, 1)
-    worker.ledger.backup(tmp_path / "backup")
-    trains(worker, made, 2)
+    made = begun(tiny_base)
+    site = train_around_a_backup(tmp_path, made)
     if lost:
         (tmp_path / "state" / "ledger.db").unlink()
     restored = Ledger.restore(tmp_path / "state", tmp_path / "backup")
@@ -147,13 +155,8 @@ def test_a_lost_round_that_log_and_anchor_show_is_charged_once(
 ) -> None:
     """The database is lost, and the backup is older than the round. Its line in the step log names
     the ledger's entry, and so does the anchor."""
-    notes(tmp_path)
-    site, made = make_site(tmp_path, patient="who"), begun(tiny_base)
-    worker = SiteWorker(site)
-    assert worker.prepare(made.study, made.frozen).admitted
-    trains(worker, made, 1)
-    worker.ledger.backup(tmp_path / "backup")
-    trains(worker, made, 2)
+    made = begun(tiny_base)
+    train_around_a_backup(tmp_path, made)
     (tmp_path / "state" / "ledger.db").unlink()
     restored = Ledger.restore(tmp_path / "state", tmp_path / "backup")
     steps = [charge.steps for charge in restored.charges("records")]

@@ -17,7 +17,8 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.core.config import PolicyTable
-from fedtune.core.ledger import chain, files
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.ledger import files
 from fedtune.core.ledger import ledger as ledger_module
 from fedtune.core.ledger import restore as restore_module
 from fedtune.core.ledger.entries import EVERY, Charge, Earlier, Gone
@@ -26,7 +27,7 @@ from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import budget
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
-from tests.dp.ledger_kit import charge, covers, run_round, total, yes
+from tests.dp.ledger_kit import STUDY, charge, covers, run_round, total, yes
 
 COUNTS = ("steps", "bare", "charged", *Costliest._fields, "paid_signature")
 
@@ -499,6 +500,62 @@ def test_a_restore_that_goes_by_the_step_log_alone_is_caught(
     assert not all(are_covered(tmp_path, sites=4))
 
 
+def test_a_row_that_can_be_read_says_nothing_of_the_one_before_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A round's row and its line in the step log are lost, and the anchor is an earlier one. The
+    rows after it are charged; a receipt for the last of them shows that one is missing."""
+    ledger, coordinator = Ledger(folder), SigningKey()
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    ledger.backup(tmp_path / "copy")
+    early = {name: (folder / name).read_bytes() for name in ("ledger.head", "steps.jsonl")}
+    for round_ in (2, 3, 4):
+        run_round(ledger, round_)
+    late = receipt(coordinator, ledger.head_statement())
+    with closing(sqlite3.connect(folder / "ledger.db")) as database, database:
+        of_round_3 = "json_extract(body, '$.charge.round') = 3"
+        database.execute(f"DELETE FROM entries WHERE kind = 'reserve' AND {of_round_3}")
+    for name, content in early.items():
+        (folder / name).write_bytes(content)
+    restored = Ledger.restore(folder, tmp_path / "copy")
+    assert total(restored) == {1.0: 12}
+    with pytest.raises(LedgerError, match="the coordinator holds a receipt"):
+        restored.accept_receipt(late, coordinator.public)
+    again = Ledger.restore(folder, tmp_path / "copy")
+    assert covers(total(again), {1.0: 16})
+    again.accept_receipt(late, coordinator.public)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_line_of_an_older_release_is_charged_if_its_round_is_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """It does not name the ledger's entry. A second restore charges nothing again."""
+    monkeypatch.setattr(Ledger, "hash_of", lambda ledger, number: "")
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    early = {name: (folder / name).read_bytes() for name in ("ledger.db", "ledger.head")}
+    run_round(ledger, 2)
+    if lost:
+        for name, content in early.items():
+            (folder / name).write_bytes(content)
+    for _ in range(2):
+        assert total(Ledger.restore(folder)) == {1.0: 8}
+
+
+def test_lines_that_name_one_charge_count_at_their_costliest(folder: Path) -> None:
+    """However their steps differ."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    log = StepLog(folder / "steps.jsonl")
+    log.begin_round("ab" * 32)
+    for sigma in (0.5, 1.0):
+        log.append(Step(STUDY, 1, sigma, 0.1, 1.0, "record", 1))
+    assert total(Ledger.restore(folder)) == {0.5: 2}
+
+
 def branch_out(folder: Path, chance: random.Random) -> bool:
     """Put a folder back to earlier copies of itself again and again, each time going on from there
     for several coordinators. Then each of them sends what receipts it has, in any order, and the
@@ -562,7 +619,7 @@ def test_like_charges_of_two_branches_have_two_hashes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder was put back within the second in which a round was charged, and runs it again."""
-    monkeypatch.setattr(chain.time, "time", lambda: 1e9)
+    monkeypatch.setattr("fedtune.core.ledger.chain.time.time", lambda: 1e9)
     Ledger(folder).declare("notes", [], "sha256:0", [b"ann"])
     heads = set()
     for place in (folder, shutil.copytree(folder, folder.with_name("copy"))):

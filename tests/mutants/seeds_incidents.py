@@ -215,8 +215,8 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-backup-beside-is-charged-twice", "fedtune/core/ledger/restore.py",
-        "Charge](), _list_entered([*base.entries, *base.entries_beside])",
-        "Charge](), _list_entered(base.entries)",
+        "    paid = _list_entered([*base.entries, *base.entries_beside])\n    of_kind",
+        "    paid = _list_entered(base.entries)\n    of_kind",
         T_LOGGED + "test_what_stands_beside_the_base_is_charged_as_it_is[folder-whole]",
         "rounds that backup and step log both name cost a site twice their ε",
     ),
@@ -351,6 +351,27 @@ MUTANTS = (
         "            covered[mark.charged[0]] = mark.paid\n", "            pass\n",
         T_PRICES + "test_older_receipts_of_a_lost_branch_are_charged_once[oldest]",
         "a coordinator that kept old receipts has a site pay for a branch with each of them",
+    ),
+    one(
+        "incidents", "a-row-answers-for-the-one-before-it", "fedtune/core/ledger/restore.py",
+        "        entries = self.beside.entries if self.beside else []\n",
+        "        entries = self.entries_beside\n",
+        T_PRICES + "test_a_row_that_can_be_read_says_nothing_of_the_one_before_it",
+        "a lost round between rows that can be read is in no total, and no receipt shows it",
+    ),
+    one(
+        "incidents", "lines-of-one-charge-cost-as-the-last", "fedtune/core/ledger/restore.py",
+        "noise_multiplier=min(first.noise_multiplier, second.noise_multiplier)",
+        "noise_multiplier=second.noise_multiplier",
+        T_PRICES + "test_lines_that_name_one_charge_count_at_their_costliest",
+        "steps with little noise are charged as steps with more",
+    ),
+    one(
+        "incidents", "a-line-that-names-no-charge-is-charged-again",
+        "fedtune/core/ledger/restore.py",
+        "_without(charge, max(0, of_kind[kind]))", "_without(charge, 0)",
+        T_PRICES + "test_a_line_of_an_older_release_is_charged_if_its_round_is_not",
+        "a restore charges each round again that ran before lines named their charges",
     ),
     one(
         "incidents", "two-branches-charges-have-one-hash", "fedtune/core/ledger/chain.py",

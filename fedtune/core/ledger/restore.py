@@ -6,7 +6,8 @@ Guarantee: a restored ledger charges at least what was spent, as far as any file
 2. Each entry beside the base that the site signed is charged as it is: those of the other one of
    these two chains, and each row that can be read of the old database.
 3. Each line of the step log names the ledger's entry that charged the attempt. If neither the base
-   nor step 2 has that entry, the steps of the line are charged.
+   nor step 2 has that entry, the steps of the line are charged. A line of an older release names
+   none: it is charged if rounds of its kind have fewer steps in these charges.
 4. Marks are signed statements of an entry: the anchor (the file that names the newest entry), the
    receipts of coordinators, and what this machine noted outside the folder. A mark says what its
    chain had charged up to the entry, in noised steps; the smallest σ, the largest q (sampling rate)
@@ -55,6 +56,7 @@ import json
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -62,7 +64,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.dp.steplog import Attempt, StepLog
 from fedtune.core.errors import InfrastructureError, NotGenuine
 from fedtune.core.files.writing import replace, sync_folder
 from fedtune.core.ledger.account import NOT_PRIVATE
@@ -173,10 +175,11 @@ class _Base:
 
     @property
     def heads_beside(self) -> list[Head]:
-        """The heads for which the entries beside this chain account and this one may not. A receipt
-        may name any of them."""
-        heads = [Head(entry.seq, entry.hash) for entry in self.entries_beside]
-        for entry in self.entries_beside:
+        """The heads for which the chain beside this one accounts. A receipt may name any of them.
+        Rows beside both chains account for themselves alone: one before them may be lost."""
+        entries = self.beside.entries if self.beside else []
+        heads = [Head(entry.seq, entry.hash) for entry in entries]
+        for entry in entries:
             if entry.kind == "restore":
                 heads += [Head(*pair) for pair in entry.body["settled"]]
         return heads
@@ -355,10 +358,10 @@ def _restore(
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
     named = read_named(folder / HEAD, key.public) if anchor else Named()
     marks = [receipt.mark for receipt in log.every]
-    marks += [given.mark for given in (noted,) if given is not None]
+    marks += [noted.mark] if noted else []
     marks += [anchor] if anchor else []
-    heads = [mark.head for mark in marks]
-    rows = _readable_rows(folder / DATABASE, max([base.seq, *(head.seq for head in heads)]))
+    highest = max([base.seq, *(mark.head.seq for mark in marks)])
+    rows = _readable_rows(folder / DATABASE, highest)
     sources = [folder / DATABASE]
     if base.beside and base.beside.path and base.beside.path not in sources:
         rows = sorted([*rows, *_readable_rows(base.beside.path)], key=itemgetter(0))
@@ -402,7 +405,8 @@ def _restore(
     if is_frozen:
         with suppress(NotGenuine, InfrastructureError):  # of a damaged log, which counts as one too
             AuditLog(folder, key).add("freeze", "--restore", once=1)
-    paid, costliest, charging = base.paid, base.costliest, base.charging
+    paid, costliest = base.paid, base.costliest
+    charging = base.charging
     for entry in writer.pending:
         paid = paid.plus(count_paid(entry.kind, entry.body))
         costliest = costliest.plus(find_costliest(entry.kind, entry.body))
@@ -732,11 +736,12 @@ def _restore_body(
     heads = [head for mark in marks for head in (mark.head, *mark.charged)]
     heads += [*(sent if anchor in marks else []), *base.heads_beside]
     unknown = [head for head in dict.fromkeys(heads) if not base.holds(head)]
-    logged = _charges_of_lines(folder / STEPS, base)
+    logged, unnamed = _charges_of_lines(folder / STEPS, base)
     covered = base.covered
     lost = [EXHAUSTED] if anchor is None else _price(marks, covered, _entered(base, logged))
     order = base.charges[0].order if base.charges else EXHAUSTED.order
-    lost = [dataclasses.replace(charge, order=order) for charge in (*logged.values(), *lost)]
+    lost = [*logged.values(), *unnamed, *lost]
+    lost = [dataclasses.replace(charge, order=order) for charge in lost]
     charges = [*base.charges_beside, *lost]
     # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
     rules = min((charge.rules for charge in (*base.charges, *charges)), default=RULES)
@@ -811,38 +816,72 @@ def _bound(costliest: Costliest, steps: int) -> Charge:
     )
 
 
-def _charges_of_lines(path: Path, base: _Base) -> dict[str, Charge]:
-    """Return a charge for each entry that lines of the step log name and that is charged neither by
-    the base nor beside it: the entry's hash -> its charge. An entry that is charged for fewer steps
-    than the log has is charged for the others. Lines that name no entry, as those of an older
-    release, are all charged, under keys that begin with a space. If the log cannot be read, the
-    result is empty.
+def _charges_of_lines(path: Path, base: _Base) -> tuple[dict[str, Charge], list[Charge]]:
+    """Return charges for what lines of the step log state, and neither the base nor an entry beside
+    it charges. Two: the hash of each ledger's entry that lines name -> its charge, for the steps
+    beyond those that are charged for it; and the charges for lines that name none, as those of an
+    older release: of such rounds, the steps beyond those that are charged for rounds of their kind
+    (`_round_key`) and that no other line names. Lines after one that cannot be read are left out.
 
     path: the step log's file; base: the chain that is continued"""
-    found, paid = dict[str, Charge](), _list_entered([*base.entries, *base.entries_beside])
+    named, unnamed = dict[str, Charge](), dict[tuple[Any, ...], Charge]()
     names = {charge.study: charge.name for charge in base.charges}
     with suppress(InfrastructureError):
-        for number, line in enumerate(StepLog(path).attempts()):
-            name, entry = names.get(line.step.study, "restored"), line.entry or f" {number}"
-            steps = line.steps + (found[entry].steps if entry in found else 0)
-            found[entry] = _charge_of_line(line.step, name, steps)
-    lost = {entry: charge.steps - paid.get(entry, 0) for entry, charge in found.items()}
-    return {
-        entry: dataclasses.replace(found[entry], steps=steps)
-        for entry, steps in lost.items()
-        if steps > 0
-    }
+        for line in StepLog(path).attempts():
+            charge = _charge_of_line(line, names.get(line.step.study, "restored"))
+            if line.entry:
+                named[line.entry] = _join(named.get(line.entry), charge)
+            else:
+                unnamed[_round_key(charge)] = _join(unnamed.get(_round_key(charge)), charge)
+    paid = _list_entered([*base.entries, *base.entries_beside])
+    of_kind = Counter[tuple[Any, ...]]()
+    for charge in (*base.charges, *base.charges_beside):
+        of_kind[_round_key(charge)] += charge.steps
+    for entry, charge in named.items():
+        of_kind[_round_key(charge)] -= min(charge.steps, paid.get(entry, 0))
+    lost_named = {entry: _without(charge, paid.get(entry, 0)) for entry, charge in named.items()}
+    lost_unnamed = [_without(charge, max(0, of_kind[kind])) for kind, charge in unnamed.items()]
+    return (
+        {entry: charge for entry, charge in lost_named.items() if charge.steps > 0},
+        [charge for charge in lost_unnamed if charge.steps > 0],
+    )
 
 
-def _charge_of_line(step: Step, name: str, steps: int) -> Charge:
-    """Build the charge for lines of the step log. name: the study's name; steps: how many."""
+def _join(first: Charge | None, second: Charge) -> Charge:
+    """Return one charge for the steps of both, which costs at least as much."""
+    if first is None:
+        return second
+    return dataclasses.replace(
+        first,
+        steps=first.steps + second.steps,
+        noise_multiplier=min(first.noise_multiplier, second.noise_multiplier),
+        sampling_rate=max(first.sampling_rate, second.sampling_rate),
+        records=max(first.records, second.records),
+    )
+
+
+def _without(charge: Charge, paid: int) -> Charge:
+    """Return a charge for what is left of its steps if `paid` of them are charged already."""
+    return dataclasses.replace(charge, steps=charge.steps - paid)
+
+
+def _round_key(charge: Charge) -> tuple[Any, ...]:
+    return (
+        charge.study, charge.round, charge.noise_multiplier, charge.sampling_rate, charge.records,
+        charge.max_grad_norm, charge.unit,
+    )  # fmt: skip
+
+
+def _charge_of_line(line: Attempt, name: str) -> Charge:
+    """Build the charge for a line of the step log. name: the study's name."""
+    step = line.step
     return Charge(
         study=step.study,
         name=name,
         round=step.round,
         noise_multiplier=step.noise_multiplier,
         sampling_rate=step.sampling_rate,
-        steps=steps,
+        steps=line.steps,
         records=step.records,
         max_grad_norm=step.max_grad_norm,
         unit=step.unit,
@@ -854,7 +893,7 @@ def _entered(base: _Base, logged: dict[str, Charge]) -> dict[str, Paid]:
     """Return what is charged for each lost entry by itself: the entry's hash -> how much.
 
     - base: the chain that is continued, with the entries beside it
-    - logged: the charges for lines of the step log (`_charges_of_lines`)"""
+    - logged: the charges for entries that the step log names (`_charges_of_lines`)"""
     entered = {entry: _sum([charge]) for entry, charge in logged.items()}
     rows = {entry.hash: count_paid(entry.kind, entry.body) for entry in base.entries_beside}
     return entered | rows
