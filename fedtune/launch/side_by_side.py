@@ -178,15 +178,21 @@ class _Server:
             finally:
                 places.release()
 
+        def start(entry: Entry) -> None:
+            places.acquire()
+            if not self._link.child.alive:
+                places.release()
+                return
+            turn = turns.line_up(entry.deadline)
+            threads.append(threading.Thread(target=work, args=(entry, turn), daemon=True))
+            threads[-1].start()
+
         try:
-            for entry in entries:
-                places.acquire()
-                if not self._link.child.alive:
-                    places.release()
-                    break
-                turn = turns.line_up(entry.deadline)
-                threads.append(threading.Thread(target=work, args=(entry, turn), daemon=True))
-                threads[-1].start()
+            with turns.line_up():  # all of the first studies line up before one of them works,
+                for entry in entries[:at_once]:  # so that their turns follow the order of `entries`
+                    start(entry)
+            for entry in entries[at_once:]:
+                start(entry)
             # Not by Thread.join: if a signal ended it, nobody would know which threads still live.
             for _ in range(at_once):
                 places.acquire()

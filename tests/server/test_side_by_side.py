@@ -150,6 +150,18 @@ def test_rounds_of_several_studies_take_turns(server: Coordinator) -> None:
     assert server.ended == names
 
 
+def test_studies_whose_threads_start_late_take_turns_in_the_order_given(
+    server: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_slowly(thread: threading.Thread, start: Any = threading.Thread.start) -> None:
+        start(thread)
+        time.sleep(0.2)  # a study that need not wait for the others is done by then
+
+    monkeypatch.setattr(threading.Thread, "start", start_slowly)
+    server.run("alpha", "beta", at_once=2)
+    assert server.order == ["alpha", "beta"] * ROUNDS
+
+
 def test_the_twin_that_passes_no_turn_on_is_unfair(
     server: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
