@@ -15,10 +15,11 @@ from fedtune.accounting.composed_epsilon import (
     UNKNOWN,
     compose_reports,
 )
+from fedtune.report.merged import section
 from tests.test_end_to_end import by_the_library
 
 Event = tuple[float, float, int]  # σ, q, steps
-A, B = (4.0, 1.0, 6), (3.0, 0.5, 5)
+A, B, C = (4.0, 1.0, 6), (3.0, 0.5, 5), (5.0, 0.25, 8)
 
 
 def report(sites: dict[str, tuple[Event, str]], **more: Any) -> dict[str, Any]:
@@ -60,6 +61,47 @@ def test_another_key_under_one_name_is_one_site_too() -> None:
     """A site that enrolled with new keys has the patients that it had."""
     found = compose_reports([report({"north": (A, "k1")}), report({"north": (B, "k2")})])
     assert close(found["epsilon"], alone(A, B))
+
+
+def test_two_memberships_that_a_third_connects_are_one_hospital() -> None:
+    """A person may be in the records of both memberships, so the larger is too little."""
+    both = report({"north": (A, "k1"), "annexe": (B, "k2")})
+    found = compose_reports([both, report({"north": (C, "k2")})])
+    for name in ("north", "annexe"):
+        assert close(found["sites"][name]["epsilon"], alone(A, B, C))
+    assert "pays for all of them: annexe, north." in "\n".join(section({"method": "svd"}, found))
+    known_as = {"names": ["annexe", "north"], "keys": ["k1", "k2"]}
+    assert found["sites"]["north"]["known_as"] == known_as
+
+
+def test_names_and_keys_are_followed_over_several_parents() -> None:
+    parents = [report({name: (event, key)}) for name, event, key in (
+        ("north", A, "k1"), ("annexe", B, "k2"), ("north", C, "k3"), ("annexe", A, "k3")
+    )]  # fmt: skip
+    found = compose_reports(parents)
+    assert {*found["sites"]} == {"north", "annexe"}
+    for site in found["sites"].values():
+        assert close(site["epsilon"], alone(A, B, C, A))
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_a_merged_adapter_knows_each_key_that_a_hospital_had(disjoint: bool) -> None:
+    parents = [report({"north": (A, "k1")}), report({"north": (B, "k2")})]
+    first = {"privacy": compose_reports(parents, disjoint=disjoint)}
+    spent = [A] if disjoint else [A, B]  # A costs more than B
+    for key in ("k1", "k2"):
+        again = compose_reports([first, report({"renamed": (C, key)})])
+        assert close(again["sites"]["renamed"]["epsilon"], alone(*spent, C))
+
+
+def test_a_hospital_with_two_names_in_one_report_is_charged_once() -> None:
+    parents = [report({"north": (A, "k1")}), report({"annexe": (B, "k1")})]
+    first = {"privacy": compose_reports(parents)}
+    again = compose_reports([first, report({"annexe": (C, "k1")})])
+    assert close(again["epsilon"], alone(A, B, C))
+    other = compose_reports([first, report({"south": (C, "k2")})])
+    assert close(other["sites"]["north"]["epsilon"], alone(A, B))
+    assert close(other["sites"]["south"]["epsilon"], alone(C))
 
 
 def test_other_sites_are_apart_and_the_larger_counts() -> None:

@@ -5,7 +5,7 @@ of these runs): a person whose records trained several parents is charged the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -34,6 +34,8 @@ class Share:
     - parent: the parent's number, from 0
     - site: the site's name, "" if the report names no site
     - key: the site's public signing key, "" if the report has none
+    - names, keys: these, and the other names and keys that the report gives to the same hospital;
+      without empty ones
     - events: the steps that ran on the site's records
     - fallback: the same steps with the σ of the site's own noise alone; equal to events if the
       sites did not share noise
@@ -43,6 +45,8 @@ class Share:
     parent: int
     site: str
     key: str
+    names: frozenset[str]
+    keys: frozenset[str]
     events: tuple[Steps, ...]
     fallback: tuple[Steps, ...]
     assumptions: frozenset[tuple[int, int]] = frozenset()
@@ -66,6 +70,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
                 parent,
                 name,
                 str(site.get("key") or ""),
+                _identities(name, site, "names"),
+                _identities(site.get("key"), site, "keys"),
                 merge_events(_events(site)),
                 merge_events(_fallback(site)),
                 _assumptions(site),
@@ -81,6 +87,18 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
             "copy the run's folder again",
         ) from None
     return site_shares
+
+
+def _identities(own: Any, site: dict[str, Any], kind: str) -> frozenset[str]:
+    """Return the names or the keys of the hospital that one entry of a report is of: its own, and
+    those that `compose_reports` stored with the entry.
+
+    - own: the entry's own name or key, or nothing
+    - site: the site's entry in a report's "privacy"
+    - kind: "names" or "keys"
+    """
+    more = (site.get("known_as") or {}).get(kind) or []
+    return frozenset(str(found) for found in [own, *more] if found)
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
@@ -118,32 +136,48 @@ def _assumptions(site: dict[str, Any]) -> frozenset[tuple[int, int]]:
     return frozenset((int(sites), int(colluding)) for sites, colluding in pairs)
 
 
-def relation(first: Share, second: Share, disjoint: bool = False) -> str:
+def relation(first: Share, second: Share) -> str:
     """Decide whether two sites of different parents (runs from which an adapter was derived)
     trained on the same people. Return the first of these texts that applies:
 
-    | STATED | if `disjoint`: the caller states that no person is in two parents |
-    | SAME | the two names are equal, or the two keys are equal |
-    | APART | both sites have a name and a key, and both differ |
+    | SAME | the two have a name or a key in common |
+    | APART | both sites have a name and a key, and all of these differ |
     | UNKNOWN | a site's name or key is missing |
     """
-    if disjoint:
-        return STATED
-    if (first.site and first.site == second.site) or (first.key and first.key == second.key):
+    if first.names & second.names or first.keys & second.keys:
         return SAME
-    return APART if first.key and second.key and first.site and second.site else UNKNOWN
+    return APART if first.names and first.keys and second.names and second.keys else UNKNOWN
+
+
+def group_by_hospital(sites: Iterable[Share]) -> list[list[Share]]:
+    """Group the entries that are of one hospital: of any two with a name or a key in common, and of
+    any two that further entries connect. A hospital that enrolled again under another name or with
+    other keys is so one group, if one of the entries shows both."""
+    return _group(sites, lambda first, second: relation(first, second) == SAME)
+
+
+def _group(sites: Iterable[Share], is_same: Callable[[Share, Share], bool]) -> list[list[Share]]:
+    """Group entries: any two for which `is_same` holds, and any two that further ones connect."""
+    groups: list[list[Share]] = []
+    for site in sites:
+        connected = [g for g in groups if any(is_same(site, other) for other in g)]
+        groups = [group for group in groups if group not in connected]
+        groups.append([*chain.from_iterable(connected), site])
+    return groups
 
 
 def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
     """Compute the privacy cost of a derived adapter from the reports of its parents, all of which
     must be private. Return the entry "privacy" of the adapter's own report.
 
-    Each site is charged for its own steps and also, for every other parent, for the steps of the
-    same site in that parent. If the same site is not in that parent, the charge is for the steps of
-    a site of that parent that may share people with it, namely of the costliest. The largest ε of
-    any site is the adapter's. Every ε is computed by PLD at the smallest of the parents' δ. The
-    unit is the patient only if it is the patient in all parents, else the record. If the sites of a
-    parent shared noise, a second ε is composed from the noise that each site added itself.
+    A hospital is charged for the steps of all its entries: of those with a name or a key in common,
+    also by way of further entries (`group_by_hospital`). For a parent in which it has no entry, it
+    is charged for the steps of a site that may be the same hospital, namely of the costliest. The
+    largest ε of any hospital is the adapter's. Every ε is computed by PLD at the smallest of the
+    parents' δ. The unit is the patient only if it is the patient in all parents, else the record.
+    If the sites of a parent shared noise, a second ε is composed from the noise that each site
+    added itself. Each name of a hospital has an entry of its own in the result, with the cost of
+    the whole hospital and, if there are several names or keys, with all of them in "known_as".
 
     disjoint: whether the caller states that no person is in two parents. If so, each site is
     charged for its own steps only.
@@ -159,62 +193,90 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
         "accountant": ACCOUNTANT,
         "clipping": " or ".join(sorted({str(p.get("clipping")) for p in privacy})),
     }
+    everyone = list(chain.from_iterable(by_parent))
+    hospitals = group_by_hospital(everyone)
+    assumed = sorted(frozenset().union(*(site.assumptions for site in everyone)))
     sites: dict[str, dict[str, Any]] = {}
     decided: set[tuple[int, int, str]] = set()
-    for share in chain.from_iterable(by_parent):
-        events, alone = list(share.events), list(share.fallback)
-        for other in by_parent:
-            if other[0].parent != share.parent:
-                more, more_alone, why = _events_in_parent(share, other, delta, disjoint)
-                events += more
-                alone += more_alone
-                first, second = sorted((share.parent, other[0].parent))
-                decided.add((first, second, why))
-        site = common | {
+    charged = [(hospital, hospital) for hospital in hospitals]
+    if disjoint:
+        charged = [(hospital, [site]) for hospital in hospitals for site in hospital]
+    for hospital, entries in charged:
+        events, alone = _own_cost(entries, delta)
+        parents = {site.parent for site in entries}
+        for other in range(len(reports)):
+            why = STATED if disjoint else SAME if other in parents else APART
+            if why == APART and (unknown := _may_be_same(hospital, hospitals, other)):
+                why = UNKNOWN
+                events += _worst([_own_cost(sites, delta)[0] for sites in unknown], delta)
+                alone += _worst([_own_cost(sites, delta)[1] for sites in unknown], delta)
+            decided |= {(min(n, other), max(n, other), why) for n in parents - {other}}
+        composed = common | {
             "epsilon": cross_check(events, delta),
             "steps": sum(event.steps for event in events),
             "events": [list(event) for event in events],
-            "key": share.key or None,
         }
-        if assumed := sorted(frozenset().union(*(s.assumptions for p in by_parent for s in p))):
-            site["secure_aggregation"] = {
+        if assumed:
+            composed["secure_aggregation"] = {
                 "assumptions": [list(pair) for pair in assumed],
                 "fallback_epsilon": cross_check(alone, delta),
                 "fallback_events": [list(event) for event in alone],
             }
-        name = share.site or f"parent {share.parent + 1}"
-        if site["epsilon"] >= sites.get(name, {"epsilon": -1.0})["epsilon"]:
-            sites[name] = site
+        names = sorted(frozenset[str]().union(*(site.names for site in hospital)))
+        keys = sorted(frozenset[str]().union(*(site.keys for site in hospital)))
+        if len(names) > 1 or len(keys) > 1:
+            composed["known_as"] = {"names": names, "keys": keys}
+        for site in entries:
+            name = site.site or f"parent {site.parent + 1}"
+            if composed["epsilon"] >= sites.get(name, {"epsilon": -1.0})["epsilon"]:
+                sites[name] = composed | {"key": site.key or None}
     worst = max(sites.values(), key=lambda row: float(row["epsilon"]))
     how = [{"parents": [a + 1, b + 1], "how": DESCRIPTIONS[why]} for a, b, why in sorted(decided)]
-    total = {key: value for key, value in worst.items() if key not in ("events", "key")}
+    total = {key: value for key, value in worst.items() if key not in ("events", "key", "known_as")}
     if table := total.get("secure_aggregation"):
         total["secure_aggregation"] = {k: v for k, v in table.items() if k != "fallback_events"}
     return {**total, "sites": sites, "decided": how}
 
 
-def _events_in_parent(
-    site: Share, other: Sequence[Share], delta: float, disjoint: bool
-) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
-    """Find the steps that another parent may have run on the people of `site`. Return three things:
-    these steps; the same steps, each with the σ of its site's own noise alone; and a word that says
-    why these steps were chosen (`relation`): SAME, UNKNOWN, APART or STATED. With APART and STATED
-    there are no steps.
+def _own_cost(
+    hospital: Sequence[Share], delta: float
+) -> tuple[tuple[Steps, ...], tuple[Steps, ...]]:
+    """Return the steps that ran on one hospital's records, and the same steps with the σ of the
+    sites' own noise alone.
 
-    - site: one site's share in one parent
-    - other: the shares of all sites in the other parent
-    - delta: the δ at which ε is computed, to find the costliest of several sites
-    - disjoint: whether the caller states that the two parents share nobody"""
+    Entries of one parent that only another parent connects were charged apart, so both count. Those
+    that are stored as one hospital's (have a name in common by "known_as") were composed when their
+    report was made, and each has the cost of all: the costliest counts.
 
-    def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
-        return max(runs, key=lambda events: cross_check(events, delta))
+    - hospital: all entries of one hospital
+    - delta: the δ at which ε is computed, to find the costliest"""
+    events: tuple[Steps, ...] = ()
+    alone: tuple[Steps, ...] = ()
+    for parent in sorted({site.parent for site in hospital}):
+        entries = [site for site in hospital if site.parent == parent]
+        for composed in _group(entries, lambda first, second: bool(first.names & second.names)):
+            events += _worst([site.events for site in composed], delta)
+            alone += _worst([site.fallback for site in composed], delta)
+    return events, alone
 
-    by_relation = [(relation(site, share, disjoint), share) for share in other]
-    for why in (SAME, UNKNOWN):  # the people of the same site are at no other site of a parent
-        if matching := [share for kind, share in by_relation if kind == why]:
-            return (
-                find_worst([s.events for s in matching]),
-                find_worst([s.fallback for s in matching]),
-                why,
-            )
-    return (), (), STATED if disjoint else APART
+
+def _may_be_same(
+    hospital: Sequence[Share], hospitals: Iterable[Sequence[Share]], parent: int
+) -> list[list[Share]]:
+    """Return, for each other hospital of which it is not known whether it is the same, its entries
+    in one parent.
+
+    - hospital: the entries of one hospital, which has none in this parent
+    - hospitals: the entries of all hospitals
+    - parent: the parent's number"""
+    unknown = [
+        [site for site in other if site.parent == parent]
+        for other in hospitals
+        if any(relation(a, b) == UNKNOWN for a in hospital for b in other)
+    ]
+    return [sites for sites in unknown if sites]
+
+
+def _worst(runs: Sequence[tuple[Steps, ...]], delta: float) -> tuple[Steps, ...]:
+    """Return those of several steps that cost most at δ = `delta`."""
+    return runs[0] if len(runs) == 1 else max(runs, key=lambda run: cross_check(run, delta))

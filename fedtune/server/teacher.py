@@ -11,6 +11,7 @@ from fedtune.report.teacher import leaves_out
 UNKNOWN = "not known on this machine"
 PUBLIC = "a base, which was trained on no record of the sites"
 NOT_PRIVATE = "was trained without privacy"
+COMPOSED = ("epsilon", "delta", "unit", "events", "known_as")  # of an entry, by `compose_reports`
 TAUGHT = "was itself trained by a teacher that"
 
 
@@ -64,7 +65,7 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     sites = dict[str, Any](both["sites"])
     for name, site in own.get("sites", {}).items():
         total = sites.get(name) or {}
-        spent = {key: total[key] for key in ("epsilon", "delta", "unit", "events") if key in total}
+        spent = {key: total[key] for key in COMPOSED if key in total}
         spent |= _with_shared_noise(site, total)
         sites[name] = site | {"own_epsilon": site["epsilon"]} | spent
     total = {key: both[key] for key in ("epsilon", "delta", "unit")}

@@ -216,17 +216,44 @@ MADE_MUTANTS = (
 
 MERGE_MUTANTS = (
     _one(
-        "merge", "the-larger-where-the-data-was-the-same", BUDGETS, "events += more",
-        "events = max(events, list(more), key=lambda e: cross_check(e, delta))",
+        "merge", "the-larger-where-the-data-was-the-same", BUDGETS,
+        "for parent in sorted({site.parent for site in hospital}):",
+        "for parent in [hospital[-1].parent]:",
         T_BUDGETS + "test_the_same_site_pays_for_both",
         "a merged adapter claims less than what was spent on one person",
     ),
     _one(
         "merge", "what-is-not-known-is-apart", BUDGETS,
-        "return APART if first.key and second.key and first.site and second.site else UNKNOWN",
+        "return APART if first.names and first.keys and second.names and second.keys else UNKNOWN",
         "return APART",
         T_BUDGETS + "test_what_is_not_known_is_composed",
         "runs of which it is not known whether they share people count as disjoint",
+    ),
+    _one(
+        "merge", "two-memberships-cost-the-larger", BUDGETS,
+        "lambda first, second: bool(first.names & second.names)", "lambda *_: True",
+        T_BUDGETS + "test_two_memberships_that_a_third_connects_are_one_hospital",
+        "of a hospital that took part twice in one run, one part counts",
+    ),
+    _one(
+        "merge", "what-connects-two-groups-joins-one", BUDGETS,
+        "if any(is_same(site, other) for other in g)]",
+        "if any(is_same(site, other) for other in g)][:1]",
+        T_BUDGETS + "test_names_and_keys_are_followed_over_several_parents",
+        "a hospital that changed its name and its keys counts as two",
+    ),
+    _one(
+        "merge", "a-merged-adapter-forgets-other-keys", BUDGETS,
+        "if len(names) > 1 or len(keys) > 1:", "if len(names) > 1:",
+        T_BUDGETS + "test_a_merged_adapter_knows_each_key_that_a_hospital_had",
+        "merged again, what a hospital spent with earlier keys is left out",
+    ),
+    _one(
+        "merge", "two-names-of-one-report-count-twice", BUDGETS,
+        "return frozenset(str(found) for found in [own, *more] if found)",
+        "return frozenset(str(found) for found in [own] if found)",
+        T_BUDGETS + "test_a_hospital_with_two_names_in_one_report_is_charged_once",
+        "a merged adapter's cost is doubled",
     ),
     _one(
         "merge", "a-merged-parent-counts-once", BUDGETS,
