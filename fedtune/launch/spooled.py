@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +53,7 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
 from fedtune.homes.known_homes import check_not_put_back, note_head
 from fedtune.launch.event_reader import EventReader
-from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
+from fedtune.launch.site import NOTED_EACH, Again, Shown, check, connection_for, place_of, take_events
 from fedtune.launch.until_stopped import until_stopped
 
 RUN_LOG = "vault-run.log"  # in the state folder: the output of the last command
@@ -165,17 +165,24 @@ class _Half:
     - child: the process
     - told: the reader of its events
     - fetching: for a vault, the site file, by which the process that started the vault fetches
-      bases that the vault asks for; None for a courier"""
+      bases that the vault asks for; None for a courier
+    - home: for a vault, the folder of the ledger that pays, whose newest entry is noted each minute
+      outside that folder"""
 
     child: Child
     told: EventReader
     fetching: Path | None
+    home: Path | None = None
 
     def watch(self, show: Any) -> InfrastructureError | None:
         """Pass the process's events to `show` until the process ends, or until `show` returns True,
         which means that the work is done. Return None if the work is done, and an error if the
         process ended before."""
+        noted = time.monotonic()
         while True:
+            if self.home and time.monotonic() - noted > NOTED_EACH:
+                note_head(self.home)
+                noted = time.monotonic()
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
             if take_events(self.told, show, self.fetching):
@@ -184,10 +191,12 @@ class _Half:
                 return self.child.build_end_error()
 
 
+@contextmanager
 def _vault(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, name: str = ""
-) -> Any:
-    """Start a vault that answers the requests in a spool.
+) -> Iterator[_Half]:
+    """A context manager that runs a vault while its block runs, and yields it. The vault answers
+    the requests in a spool. At the end, the ledger's newest entry is noted outside its folder.
 
     - site, path: the site, with the tables that were checked, and its file
     - spool: the spool
@@ -195,13 +204,16 @@ def _vault(
     - processes: the number of processes that share each step
     - name: the only request to answer; "" answers all until the vault is stopped
 
-    Returns a context manager that provides the running vault (_Half), and stops it at the end.
     Errors: ConfigError if the ledger that pays is not there any more."""
     check_not_put_back(site.home)  # it may be unmounted by now, or on another machine
     note_head(site.home)
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), str(checked_file(site)), *filter(None, [name])]
-    return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
+    try:
+        with _child("vault", path, spool, rest, state / HOME, state / "vault.log") as half:
+            yield replace(half, home=site.home)
+    finally:
+        note_head(site.home)
 
 
 @contextmanager

@@ -14,9 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -33,6 +35,8 @@ from fedtune.core.wire.requests import Answer, Request
 from fedtune.core.wire.spool import Spool, _encode, decode_request
 from fedtune.courier.process import by_file
 from fedtune.flower.ports import free_port
+from fedtune.launch import spooled
+from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import check
 from tests import databases
 from tests.client.airlock_kit import Asked, a_site, contents
@@ -517,3 +521,32 @@ def test_a_command_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
         file.write('\n[vault]\nrun = "no-such-scheduler fedtune"\n')
     said = command("vault", path, "--spool", tmp_path / "spool")
     assert said.exit_code == 2 and "vault.run: no-such-scheduler" in said.stderr, said.output
+
+
+@dataclass
+class EndsAfter:
+    """A vault that ends after some looks at it."""
+
+    looks: int
+
+    @property
+    def alive(self) -> bool:
+        self.looks -= 1
+        return self.looks > 0
+
+    def build_end_error(self) -> InfrastructureError:
+        return InfrastructureError("the vault ended by itself")
+
+
+def test_the_newest_entry_is_noted_while_a_spooled_vault_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `fedtune client`: a folder that is put back while the vault runs on is noticed."""
+    noted = list[Path]()
+    monkeypatch.setattr(spooled, "note_head", noted.append)
+    monkeypatch.setattr(spooled, "NOTED_EACH", 0.0)
+    reading, writing = Pipe(duplex=False)
+    with reading, writing:
+        half = spooled._Half(cast(Any, EndsAfter(3)), EventReader(reading), None, tmp_path)
+        assert half.watch(lambda *_: False)
+    assert noted == [tmp_path] * 3
