@@ -53,7 +53,15 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
 from fedtune.homes.known_homes import check_not_put_back, note_head
 from fedtune.launch.event_reader import EventReader
-from fedtune.launch.site import NOTED_EACH, Again, Shown, check, connection_for, place_of, take_events
+from fedtune.launch.site import (
+    NOTED_EACH,
+    Again,
+    Shown,
+    check,
+    connection_for,
+    place_of,
+    take_events,
+)
 from fedtune.launch.until_stopped import until_stopped
 
 RUN_LOG = "vault-run.log"  # in the state folder: the output of the last command

@@ -17,7 +17,7 @@ import pytest
 
 from fedtune.core.config import SiteTable
 from fedtune.core.ledger import chain, files
-from fedtune.core.ledger.files import Costliest, Paid, sealed_token
+from fedtune.core.ledger.files import SENT_IN_ALL, Costliest, Named, Paid, Sent, sealed_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.wire.keys import SigningKey, canonical
@@ -454,3 +454,15 @@ def test_a_file_of_an_earlier_release_keeps_its_name(tmp_path: Path) -> None:
     assert ledger.path_of(slot) == old
     new.write_bytes(b"update")
     assert ledger.path_of(slot) == new
+
+
+def test_the_anchor_names_no_more_heads_however_many_coordinators_there_were() -> None:
+    """Each simulation is a coordinator with a key of its own."""
+    named = Named()
+    for number in range(2 * SENT_IN_ALL):
+        named = named.with_sent(Sent(f"coordinator {number}", "", number, "hash"))
+    assert [head.seq for head in named.sent] == [*range(SENT_IN_ALL, 2 * SENT_IN_ALL)]
+    twice = named.with_sent(Sent(f"coordinator {SENT_IN_ALL}", "", 2 * SENT_IN_ALL, "hash"))
+    assert [each.seq for each in twice.sent if each[0] == f"coordinator {SENT_IN_ALL}"] == [
+        SENT_IN_ALL, 2 * SENT_IN_ALL
+    ]  # fmt: skip

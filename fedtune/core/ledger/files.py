@@ -43,6 +43,7 @@ BOUNDS = ">ddQ"  # how a token holds the fields of Costliest
 ENTRY = ">Q32s"  # how a token holds the number and the hash of an entry
 HERE = "this machine"  # in place of a coordinator's key: the head is one that this machine noted
 SENT = 2  # how many of the heads that a coordinator was sent the anchor names
+SENT_IN_ALL = 512  # and how many of all coordinators: each simulation is one with a key of its own
 CHARGED = 16  # how many of the newest charging entries a statement names
 FURTHER = 12  # and how many older ones, each at twice the distance of the one before
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
@@ -199,8 +200,9 @@ class Named(NamedTuple):
     """Earlier entries that the anchor names beside the newest one. All are of the same chain, so
     what a restore charges for the anchor's entry is charged for them, too.
 
-    sent: the newest heads that each coordinator was sent, by membership, at most SENT of each;
-    oldest first"""
+    sent: the newest heads that each coordinator was sent, by membership, at most SENT of each
+    and SENT_IN_ALL together; oldest first. A receipt for a head that was dropped stops the site
+    after a restore, which charges for it once more."""
 
     sent: tuple[Sent, ...] = ()
 
@@ -209,7 +211,7 @@ class Named(NamedTuple):
         whom = new[:2]
         same = [each for each in self.sent if each[:2] == whom and each != new]
         others = [each for each in self.sent if each[:2] != whom]
-        return self._replace(sent=(*others, *same[1 - SENT :], new))
+        return self._replace(sent=(*others, *same[1 - SENT :], new)[-SENT_IN_ALL:])
 
 
 def encode_anchor(key: SigningKey, statement: Mapping[str, Any], named: Named) -> bytes:
