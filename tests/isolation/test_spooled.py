@@ -397,6 +397,7 @@ def test_a_query_that_comes_between_two_orders_waits_until_a_person_starts_the_s
     assert refused.status == "refused" and len(rounds_paid(asked)) == 1
     assert "it did not when the site joined" in str(refused.fields["reason"])
     asked.start()
+    assert answered(asked, spool, asked.request(round_=2)).status == "unprepared"
     told = answered(asked, spool, asked.plan())
     assert told.status == "admitted" and told.fields["free_query"] is True
     assert answered(asked, spool, asked.request(round_=2)).status == "trained"
@@ -415,6 +416,7 @@ def test_a_size_that_is_corrected_between_two_orders_waits_until_a_person_starts
     assert sample(answered(asked, spool, asked.request(round_=2))) == first
     assert answered(asked, spool, asked.plan()).fields["declared_size"] == 12
     asked.start()
+    assert answered(asked, spool, asked.request(round_=3)).status == "unprepared"
     assert answered(asked, spool, asked.plan()).fields["declared_size"] == 24
 
 

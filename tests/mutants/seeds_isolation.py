@@ -661,6 +661,13 @@ MUTANTS = (
         "a round of which nobody takes the answer is paid for",
     ),
     one(
+        "isolation", "a-plan-answered-with-other-settings-is-known", "fedtune/core/vault/kept_plans.py",
+        'exclude={"policy"}', 'include={"hospital"}',
+        T_SPOOLED
+        + "test_a_query_that_comes_between_two_orders_waits_until_a_person_starts_the_site",
+        "after a start with a query, the coordinator is not told that a query selects the records",
+    ),
+    one(
         "isolation", "a-kept-plan-outlives-its-study", "fedtune/core/vault/kept_plans.py",
         'set(folder.glob("*.request")) - known', "[]",
         T_SPOOLED + "test_a_plan_is_kept_as_long_as_its_study_is_under_way",

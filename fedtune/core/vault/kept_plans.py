@@ -1,14 +1,19 @@
-"""Store the requests that brought the plans which this site admitted: STATE/kept-plans/PLAN.request
+"""Store the requests that brought the plans which this site admitted: STATE/kept-plans/PLAN-TABLES.request
 (0600).
 
 A vault that is started for one request knows no study. So if the request orders a round, the vault
 first takes the stored request that brought the order's plan, and answers this request as a
 restarted vault does: every rule is checked again. It drops that answer, and then carries out the
 order. A plan is stored while its study is running. Which plans are stored depends only on messages,
-never on a record."""
+never on a record. TABLES is a digest of the settings with which the site answered the plan. If a
+person has started the site with others since, the plan is unknown, so that the coordinator sends it
+again and is told what these settings say of the site: its declared size, or that a query selects
+its records."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from contextlib import suppress
@@ -44,10 +49,10 @@ def keep_plan_request(site: Site, request: Request, content: bytes, answer: Answ
     folder = site.site.state / FOLDER
     try:
         if request.kind == "prepare" and answer.status == "admitted":
-            path = _path(folder, str(request.tables["plan"]["digest"]))
+            path = _path(site, str(request.tables["plan"]["digest"]))
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             replace(path, content, private=True)
-        known = {_path(folder, digest) for digest in under_way(site.site.state)}
+        known = {_path(site, digest) for digest in under_way(site.site.state)}
         for path in set(folder.glob("*.request")) - known:
             path.unlink(missing_ok=True)
     except (OSError, FedtuneError) as error:
@@ -56,12 +61,12 @@ def keep_plan_request(site: Site, request: Request, content: bytes, answer: Answ
 
 def find_plan_request(site: Site, request: Request) -> Request | None:
     """Return the stored request that brought the plan which an order names. Return None if there is
-    none, or if it cannot be decoded, for example since an earlier release wrote it; the site then
-    asks the coordinator for the plan again.
+    none that was answered with the site's present settings, or if it cannot be decoded, for example
+    since an earlier release wrote it; the site then asks the coordinator for the plan again.
 
     request: an order; for any other request None is returned"""
     named = PLAN.match(str(request.tables.get("order", {}).get("plan", "")))
-    path = named and _path(site.site.state / FOLDER, named[0])
+    path = named and _path(site, named[0])
     if not (path and path.is_file()):
         return None
     with suppress(InputError):
@@ -69,5 +74,9 @@ def find_plan_request(site: Site, request: Request) -> Request | None:
     return None
 
 
-def _path(folder: Path, digest: str) -> Path:
-    return folder / f"{outbox_name(digest)}.request"
+def _path(site: Site, digest: str) -> Path:
+    """Return the path of a plan's stored request. Of the site's settings only the policy is not in
+    its name: each order reads that anew. digest: the plan's."""
+    settings = json.dumps(site.model_dump(mode="json", exclude={"policy"}), sort_keys=True)
+    of_settings = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return site.site.state / FOLDER / f"{outbox_name(digest)}-{of_settings}.request"
