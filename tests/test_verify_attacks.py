@@ -248,6 +248,14 @@ def larger_delta(report: dict[str, Any]) -> None:
         table["delta"] *= 10
 
 
+def without_teacher(report: dict[str, Any]) -> None:
+    """The run is shown as one of its own rounds alone."""
+    own = report.pop("teacher")["student_epsilon"]
+    report["privacy"]["epsilon"] = own
+    for site in report["privacy"]["sites"].values():
+        site["epsilon"] = site.pop("own_epsilon", own)
+
+
 def lower_own(report: dict[str, Any]) -> None:
     report["privacy"]["sites"]["north"]["own_epsilon"] /= 2
 
@@ -262,6 +270,8 @@ def lower_own(report: dict[str, Any]) -> None:
         (lower_own, "north's epsilon is .* step logs"),
         (lambda report: report["privacy"].update(epsilon=math.nan), "epsilon is nan"),
         (lambda report: report["teacher"].update(student_epsilon=0.1), "epsilon is 0.1"),
+        (lambda report: report["teacher"].update(digest="sha256:2"), "teacher's digest is"),
+        (without_teacher, "teacher's digest is 'None'"),
     ],
 )
 def test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added(
@@ -275,7 +285,8 @@ def test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added(
     own = json.loads((folder / "report.json").read_text()) | {"plan_digest": study.digest}
     parent = json.loads(json.dumps(own))
     parent["privacy"]["sites"]["west"] = parent["privacy"]["sites"]["north"] | {"key": "7" * 64}
-    report = with_teacher(own, {"name": "b", "digest": "c", "kind": "run", "report": parent})
+    teacher = {"name": "b", "digest": "sha256:" + "1" * 64, "kind": "run", "report": parent}
+    report = with_teacher(own, teacher)
     assert sorted(report["privacy"]["sites"]) == ["north", "south", "west"]
     if change is not None:
         change(report)

@@ -83,15 +83,20 @@ def review(
     "reviewed" or "signed", the site keeps each plan that it was sent in its state folder, under
     plans/; --sign admits such a plan."""
     from fedtune.cli.watch import Watch
-    from fedtune.core.config import load_site
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.vault.waiting_plans import keep_plan
     from fedtune.homes.opening import open_ledger
-    from fedtune.officer.review import find_coordinator, is_outline, read_plan
+    from fedtune.officer.review import find_coordinator, is_outline, load_running, read_plan
     from fedtune.officer.review import review as review_plan
 
-    loaded = load_site(site)
+    loaded, has_changed = load_running(site)
+    if has_changed:
+        typer.echo(
+            f"{site}: was changed since this site was started. Until it is started again, it takes "
+            "part, and pays, by what the file said then; so are the figures below.",
+            err=True,
+        )
     whole = whole or sign
     screen = Watch(Console(stderr=True), "computing the plan's digest") if whole else nullcontext()
     with screen:

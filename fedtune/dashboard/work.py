@@ -38,11 +38,10 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
 def plans(site_path: Path, _: str) -> dict[str, Any]:
     """Return {"plans": a list} with a dict for each plan that waits for a signature at this site:
     "study" (its name), "path" (of the plan's file), and the figures that `fedtune review` shows."""
-    from fedtune.core.config import load_site
     from fedtune.homes.opening import find_ledger
-    from fedtune.officer.review import is_unsigned, read_plan, review
+    from fedtune.officer.review import is_unsigned, load_running, read_plan, review
 
-    site = load_site(site_path)
+    site, _changed = load_running(site_path)
     if (ledger := find_ledger(site.home)) is None:
         return {"plans": []}
     found = []

@@ -295,6 +295,9 @@ def privacy(
         fail(path, f"private is {str(report.get('private'))[:24]}", "what the plan says")
     _require_equal(path, "study", report.get("study"), study.study.name)
     _require_equal(path, "plan_digest", report.get("plan_digest"), study.digest)
+    if teacher := study.objective.resolved.teacher_spec:
+        named = (report.get("teacher") or {}).get("digest")
+        _require_equal(path, "the teacher's digest", named, teacher.digest)
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable):
         return {"sites": shown}

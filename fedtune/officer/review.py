@@ -18,9 +18,11 @@ from fedtune.core.config import (
     Site,
     Study,
     format_duration,
+    load_site,
     load_study,
     study_from_json,
 )
+from fedtune.core.config.checked import checked_file, load_checked
 from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.plan import DpPlan
@@ -41,6 +43,7 @@ from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
+from fedtune.core.vault.declared import with_new_policy
 from fedtune.core.vault.logged_steps import check_none_lost
 from fedtune.core.vault.policy import (
     compute_within_limits,
@@ -55,6 +58,7 @@ from fedtune.flower import membership
 from fedtune.flower.enrol import Answer
 from fedtune.flower.link import link
 from fedtune.homes.opening import find_ledger
+from fedtune.observe.status import LOCK, held
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.known_plans import known_plan
 from fedtune.report.claim import assumption, best_guess, protects, strength
@@ -82,6 +86,22 @@ class Review:
     sections: list[tuple[str, list[str]]]
     refusals: list[str]
     verdict: str
+
+
+def load_running(site_file: Path) -> tuple[Site, bool]:
+    """Return a site as it takes part now, and whether its file has changes that wait for a start.
+    While the site runs, these are the settings with which it was started, and the policy that its
+    file has now (`core/vault/declared.with_new_policy`): by these a plan would be charged.
+
+    Errors: those of `load_site`; PolicyRefused if the file has a change for which the site answers
+    no order until it is started again; ConfigError if the settings of the start cannot be read."""
+    site = load_site(site_file)
+    kept = checked_file(site)
+    if not (held(site.site.state / LOCK) and kept.is_file()):
+        return site, False
+    running = with_new_policy(site, load_checked(kept, site_file))
+    changed = any(getattr(running, name) != table for name, table in site if name != "policy")
+    return running, changed
 
 
 def read_plan(

@@ -121,7 +121,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     withdrawal and each change of the records.
     Errors:
     - UnknownPatient if no record and no study here has the key, and `unseen` is false. Nothing is
-      entered: with a mistyped key, the patient's records would still be used
+      entered: with a mistyped key, the patient's records would still be used. The same if no record
+      has it, and other columns told the patients of these studies apart: it may be the patient's
+      key in such a column, and their records have another key by now
     - ConfigError if site.toml names no patient column
     - the error of reading a file, if the key is found neither in another file nor in the ledger
     - NotLogged if the audit log is damaged or cannot be written; the withdrawal is entered, and its
@@ -150,9 +152,25 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             unread = error
     found = sum(counts.values())
     in_files = {name for (name, _), count in counts.items() if count}
-    if unread and not (datasets or found or unseen):
+    had, now = ledger.patient_columns, patient_columns(site)
+    present = {column for column in now.values() if column}
+    earlier = set[str]()
+    for name in datasets:
+        earlier |= {*had.get(name, ())} - ({now[name]} if name in now else present)
+    is_again = ledger.hashed(key) in ledger.withdrawn()
+    is_known = bool(found or unseen or is_again or (datasets and not earlier))
+    if unread and not is_known:
         raise unread
-    if not (datasets or found or unseen):
+    if datasets and not is_known:
+        raise UnknownPatient(
+            "no usable record has this key; it is known from earlier studies, in which "
+            f"{' and '.join(map(repr, sorted(earlier)))} told patients apart; nothing was entered",
+            f"the key that this patient has in the column {site.data.columns.patient!r} now",
+            "withdraw that key. If the patient has no record left, --unseen enters this one",
+        )
+    # What no record has, and other columns had, is not known to be of a present column.
+    known_by = present if found or not earlier else earlier
+    if not is_known:
         raise UnknownPatient(
             "no usable record and no study here has this key; nothing was entered",
             f"a key as it is written in the column {site.data.columns.patient!r}",
@@ -162,11 +180,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
     from fedtune.runs.personal import models_of  # imports PyTorch
 
-    columns = {column for column in patient_columns(site).values() if column}
-
     def enter() -> Withdrawal:
         is_new = ledger.hashed(key) not in ledger.withdrawn()
-        entry = ledger.withdraw(key, columns if is_new else found_by)
+        entry = ledger.withdraw(key, known_by if is_new else found_by)
         releases = _releases(site, ledger, datasets, in_files, entry.seq)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
         receipt = _receipt_there(path, ledger, entry, releases)

@@ -26,6 +26,8 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     If student and teacher are both private runs, "epsilon" of each site becomes the ε of both
     trainings together, composed as `fedtune merge` composes parents, for the weaker of their units;
     "own_epsilon" is the ε of the student's rounds alone, for the unit of the student's plan.
+    "free_query" then also names the sites at which a query or a view selected the records on which
+    the teacher was trained: the guarantee covers that training no more than the student's own.
     Guarantee: the stated ε is never less than the ε of all trainings in which one unit took part,
     unless the report says that the teacher's cost, or that of a teacher before it, is not known, or
     that one of these was trained without privacy.
@@ -47,6 +49,8 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     if not isinstance(parent, dict):
         return unknown
     facts["plan"] = parent.get("plan_digest")
+    if selected := {*report.get("free_query", ()), *parent.get("free_query", ())}:
+        report = report | {"free_query": sorted(selected)}
     if not parent.get("private"):
         return report | {"teacher": facts | {"cost": NOT_PRIVATE, "known": False}}
     if left_out := leaves_out(parent):

@@ -532,6 +532,43 @@ def test_who_withdrew_by_another_column_is_told_at_the_site(
     }
 
 
+def test_a_key_of_an_earlier_column_withdraws_nobody_unasked(world: Path, tiny_base: Path) -> None:
+    """The ledger knows it from a round, but the patient's records have another key by now, and
+    would be read on."""
+    worker, made, _ = begin(with_notes(world), tiny_base, "patient")
+    assert trained(worker, made, 1) == 24
+    site = with_notes(world, "nhs")
+    rows = [json.loads(line) for line in (world / "notes.jsonl").read_text().splitlines()]
+    more = [{**row, "nhs": row["who"].replace("p", "n")} for row in rows]
+    (world / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    found = withdraw(keys="p5\n")
+    assert found.exit_code == 2 and "'who' told patients apart" in found.output
+    assert "in the column 'nhs' now" in found.output
+    book = Ledger(world / "state")
+    assert not book.withdrawn() and not [*(world / "state").glob("withdrawals/*")]
+    assert withdraw(keys="n5\n").exit_code == 0 and len(book.withdrawn()) == 1
+    worker.ledger.accept("records", "officer", "", patient_columns(site))
+    again, made, refused = begin(site, tiny_base, "patient")
+    assert refused == "" and trained(again, made, 2) == 21
+    assert withdraw("--unseen", keys="p5\n").exit_code == 0  # who has no record left
+    assert withdraw(keys="p5\n").exit_code == 0 and len(book.withdrawn()) == 2
+
+
+def test_a_column_that_changes_while_the_site_runs_stops_its_answers(
+    world: Path, tiny_base: Path
+) -> None:
+    """A patient withdraws by the key of the new column, and the records were read by the old."""
+    worker, made, _ = begin(with_notes(world), tiny_base, "patient")
+    assert trained(worker, made, 1) == 24
+    with_notes(world, "nhs")
+    refused = worker.prepare(made.study, made.frozen).reason
+    assert refused.startswith("columns.patient was changed while this site takes part")
+    with pytest.raises(PolicyRefused, match="was changed while this site"):
+        trained(worker, made, 2)
+    with_notes(world)
+    assert trained(worker, made, 2) == 24
+
+
 def test_a_key_with_a_character_at_which_python_ends_a_line(world: Path) -> None:
     keys = ["a\u2028b", "c\x0bd", "e\x85f"]
     rows = [{"who": who, "q": "cough", "agreed": "yes"} for who in keys]

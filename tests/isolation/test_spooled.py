@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any, cast
 
 import pytest
 
-from fedtune.core.config import VaultTable
+from fedtune.core.config import VaultTable, save
 from fedtune.core.config.checked import load_checked
 from fedtune.core.config.state_files import COUNTS
 from fedtune.core.errors import ConfigError, InfrastructureError
@@ -34,13 +35,16 @@ from fedtune.core.vault.process import HOME
 from fedtune.core.wire.requests import Answer, Request
 from fedtune.core.wire.spool import Spool, _encode, decode_request
 from fedtune.courier.process import by_file
+from fedtune.dashboard import work
 from fedtune.flower.ports import free_port
 from fedtune.launch import spooled
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import check
+from fedtune.observe.status import LOCK
 from tests import databases
 from tests.client.airlock_kit import Asked, a_site, contents
-from tests.client.site_kit import notes
+from tests.client.site_kit import begun as a_start
+from tests.client.site_kit import make_site, notes
 from tests.flower import kit
 from tests.forks import ForkedChild
 from tests.isolation.test_halves import CONFINES, confined
@@ -552,3 +556,30 @@ def test_the_newest_entry_is_noted_while_a_spooled_vault_answers(
         half = spooled._Half(cast(Any, EndsAfter(3)), EventReader(reading), None, tmp_path)
         assert half.watch(lambda *_: False)
     assert noted == [tmp_path] * 3
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_plan_is_reviewed_by_the_size_at_which_the_site_runs(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    """A size that waits for the next start is that of a site which is stopped."""
+    monkeypatch.setattr(site, "self_test", lambda *_: None)
+    notes(tmp_path)
+    path = tmp_path / "site.toml"
+    rules = {"admission": "signed", "max_epsilon": 60.0, "max_epsilon_per_study": 60.0}
+    save(make_site(tmp_path, rules, patient="who"), path)
+    privacy = {"noise_multiplier": 0.7, "delta": 1e-4, "unit": "patient"}
+    training = {"rounds": 3, "local_steps": 1, "learning_rate": 0.1, "expected_batch": 3}
+    asked = Asked(path, a_start(tiny_base, privacy=privacy, training=training))
+    asked.start()
+    asked.prepare()
+    plan, state = asked.site.site.plan_file(asked.made.study.digest), asked.site.site.state
+    asked.edit(site={"declared_size": 48})
+    with (state / LOCK).open("w") as lock:
+        if runs:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        reviewed = command("review", plan, "--site", path)
+        listed = json.dumps(work.plans(path, ""))
+    rate = "probability 0.25" if runs else "probability 0.0625"
+    assert rate in " ".join(reviewed.output.split()) and rate in listed
+    assert ("was changed since this site was started" in reviewed.output) is runs

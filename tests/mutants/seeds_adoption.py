@@ -548,7 +548,7 @@ MUTANTS = (
     ),
     one(
         "withdrawal", "a-withdrawal-forgets-its-column", "fedtune/officer/withdraw.py",
-        "columns if is_new else found_by", "()",
+        "known_by if is_new else found_by", "()",
         T_WITHDRAW + "test_who_withdrew_by_another_column_is_told_at_the_site",
         "a corrected column brings back whoever withdrew, without a word",
     ),
@@ -557,6 +557,18 @@ MUTANTS = (
         "is_new = ledger.hashed(key) not in ledger.withdrawn()", "is_new = True",
         T_WITHDRAW + "test_who_withdrew_by_another_column_is_told_at_the_site",
         "a key that no record of the corrected column has counts as withdrawn there",
+    ),
+    one(
+        "withdrawal", "a-key-of-an-earlier-column-withdraws", "fedtune/officer/withdraw.py",
+        "(datasets and not earlier)", "datasets",
+        T_WITHDRAW + "test_a_key_of_an_earlier_column_withdraws_nobody_unasked",
+        "the patient is told to be left out, and trains on under the key of the present column",
+    ),
+    one(
+        "withdrawal", "a-column-in-mid-study", "fedtune/core/vault/declared.py",
+        "data.columns.patient != was.columns.patient", "data is None",
+        T_WITHDRAW + "test_a_column_that_changes_while_the_site_runs_stops_its_answers",
+        "patients withdraw by the new column, and train on by the one that was read",
     ),
     one(
         "withdrawal", "a-key-ends-where-python-ends-lines", "fedtune/officer/withdraw.py",

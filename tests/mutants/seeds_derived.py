@@ -185,6 +185,14 @@ MADE_MUTANTS = (
         "what two runs spent on the same people is not added up",
     ),
     _one(
+        "parents", "the-teachers-query-is-forgotten", "fedtune/server/teacher.py",
+        'if selected := {*report.get("free_query", ()), *parent.get("free_query", ())}:',
+        'if selected := {*report.get("free_query", ())}:',
+        "tests/server/test_teacher.py"
+        "::test_sites_whose_records_a_query_selected_for_the_teacher_are_named_by_the_student",
+        "the ε of both trainings is claimed although it does not hold for the teacher's",
+    ),
+    _one(
         "parents", "the-students-teacher-was-free", "fedtune/server/teacher.py",
         "both = compose_reports([report, parent])", "both = compose_reports([report])",
         "tests/server/test_teacher.py::test_a_student_pays_for_its_teacher_too",

@@ -147,6 +147,13 @@ MUTANTS = (
         "a run with a site's later rounds left out proves a lower ε, and nothing says so",
     ),
     _one(
+        "evidence", "a-report-may-leave-the-teacher-out", FIGURES,
+        "if teacher := study.objective.resolved.teacher_spec:", "if teacher := None:",
+        ATTACKS
+        + "test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added",
+        "a student is shown as a run without a teacher, at its own ε",
+    ),
+    _one(
         "evidence", "private-queries-cost-nothing", FIGURES,
         '    claim["with_queries"] = queried\n', "",
         ATTACKS + "test_a_run_whose_sites_answered_a_private_evaluation",

@@ -661,11 +661,18 @@ MUTANTS = (
         "a round of which nobody takes the answer is paid for",
     ),
     one(
-        "isolation", "a-plan-answered-with-other-settings-is-known", "fedtune/core/vault/kept_plans.py",
+        "isolation", "a-plan-answered-with-other-settings-is-known",
+        "fedtune/core/vault/kept_plans.py",
         'exclude={"policy"}', 'include={"hospital"}',
         T_SPOOLED
         + "test_a_query_that_comes_between_two_orders_waits_until_a_person_starts_the_site",
         "after a start with a query, the coordinator is not told that a query selects the records",
+    ),
+    one(
+        "isolation", "a-plan-is-reviewed-by-the-next-start", "fedtune/officer/review.py",
+        "if not (held(site.site.state / LOCK) and kept.is_file()):", "if True:",
+        T_SPOOLED + "test_a_plan_is_reviewed_by_the_size_at_which_the_site_runs",
+        "a person signs for less ε than the running site pays",
     ),
     one(
         "isolation", "a-kept-plan-outlives-its-study", "fedtune/core/vault/kept_plans.py",

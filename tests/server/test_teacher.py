@@ -15,6 +15,7 @@ from fedtune.derive.lineage import combined_lineage, require_private, warn_of_co
 from fedtune.derive.model_card import gguf_metadata, privacy_line
 from fedtune.evidence import figures
 from fedtune.report.claim import best_guess
+from fedtune.report.declared import free_query_line
 from fedtune.report.markdown import markdown
 from fedtune.report.teacher import teacher_left_out_line, teacher_line
 from fedtune.server.teacher import NOT_PRIVATE, TAUGHT, UNKNOWN, with_teacher
@@ -175,6 +176,14 @@ def test_a_run_whose_teacher_is_not_paid_for_is_no_private_parent(
     model: Any = SimpleNamespace(study=study, base=base, digest="sha256:1")
     with nullcontext() if known else pytest.raises(Refused, match="was trained without privacy"):
         require_private(model, "judge", "run")
+
+
+def test_sites_whose_records_a_query_selected_for_the_teacher_are_named_by_the_student() -> None:
+    teacher = run_of({"north": (A, "k1"), "south": (A, "k2")}, free_query=["south"])
+    made = with_teacher(student({"north": (B, "k1")}), teacher)
+    assert made.get("free_query") == ["south"] and "south" in free_query_line(made)
+    made = with_teacher(student({"north": (B, "k1")}) | {"free_query": ["north"]}, teacher)
+    assert made["free_query"] == ["north", "south"]
 
 
 def test_held_out_patients_pay_for_the_teacher_too() -> None:

@@ -117,8 +117,10 @@ def with_new_policy(current: Site, loaded: Site) -> Site:
 
     Errors: PolicyRefused if the file has a change that takes effect only after a restart but must
     not wait for it: another [hospital] table, so that another ledger would pay; another
-    data.declared; a query or a view that now selects the records, of which the coordinator was not
-    informed; a policy that does not fit the declared size with which the site joined."""
+    data.declared; another column of patients, by whose keys patients now withdraw, although the
+    records were read by the earlier one; a query or a view that now selects the records, of which
+    the coordinator was not informed; a policy that does not fit the declared size with which the
+    site joined."""
     if current.hospital != loaded.hospital:  # its ceilings would limit the new policy
         raise PolicyRefused(
             "the table [hospital] was changed while this site takes part",
@@ -130,6 +132,12 @@ def with_new_policy(current: Site, loaded: Site) -> Site:
             raise PolicyRefused(
                 "data.declared was changed while this site takes part",
                 todo="stop this site and start it again, so that it is checked anew",
+            )
+        if data and was and data.columns.patient != was.columns.patient:
+            raise PolicyRefused(
+                "columns.patient was changed while this site takes part",
+                "the column that told the patients apart when the site joined",
+                "stop this site and start it again, so that whoever withdraws is recognised",
             )
     if current.free_query and not loaded.free_query:
         raise PolicyRefused(

@@ -1,5 +1,5 @@
-"""Store the requests that brought the plans which this site admitted: STATE/kept-plans/PLAN-TABLES.request
-(0600).
+"""Store the requests that brought the plans which this site admitted, in the file (0600)
+STATE/kept-plans/PLAN-TABLES.request.
 
 A vault that is started for one request knows no study. So if the request orders a round, the vault
 first takes the stored request that brought the order's plan, and answers this request as a
