@@ -234,7 +234,7 @@ class LedgerFigures:
 
     def _compute_spent(self, book: Ledger, dataset: str, policy: PolicyTable) -> _Spent:
         from fedtune.core.dp.filter import total_epsilon
-        from fedtune.core.ledger.entries import orders_of, samples_first
+        from fedtune.core.ledger.entries import are_kinds_known, orders_of, samples_first
 
         own, delta = policy.own_memberships, policy.delta
         key = book.head.hash, delta, own
@@ -245,7 +245,8 @@ class LedgerFigures:
             paid = [spent.charge for spent in charges]
             events = [charge.event for charge in paid]
             orders, sampled = orders_of(paid), samples_first(paid)
-            epsilon = total_epsilon(events, orders, delta, sampled).epsilon
+            known = are_kinds_known(paid)
+            epsilon = total_epsilon(events, orders, delta, sampled, known).epsilon
             rounds = sum(c.released for c in charges if c.kind == "reserve")
             self._cached = _Spent(key, epsilon, rounds)
         return self._cached

@@ -190,6 +190,7 @@ def total_epsilon(
     orders: float | Iterable[float],
     delta: float,
     samples_first: bool = True,
+    kinds_known: bool = True,
 ) -> Total:
     """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
 
@@ -198,6 +199,9 @@ def total_epsilon(
     then computed at each of them, and the largest is used.
 
     samples_first: whether the first step sampled (q < 1), or may have.
+
+    kinds_known: whether each of `events` says what its steps were. False if some only bound them,
+    as charges for steps that a ledger lost (`ledger.entries.are_kinds_known`): (a) is then left out
 
     Three filters:
     (a) while all charges are of one kind of step (σ, q, k), ε is composed exactly by PLD (stopping
@@ -225,7 +229,7 @@ def total_epsilon(
     al. 2016 for filters."""
     if any(event.noise_multiplier == 0 for event in events):
         return Total(math.inf, "a study without privacy")
-    if len({event._replace(steps=0) for event in events}) <= 1:
+    if kinds_known and len({event._replace(steps=0) for event in events}) <= 1:
         return Total(accountant.epsilon(events, delta), "PLD")
     if all(event.sampling_rate == 1 for event in events):
         return Total(accountant.epsilon(events, delta), "Gaussian filter, exact")

@@ -145,21 +145,34 @@ class StepLog:
         """Yield what each line of the log states, in order. memberships: the only memberships whose
         lines are taken; None: of all. Errors: InfrastructureError if a line is no step."""
         for number, line in enumerate(_whole_lines(self.path), 1):
-            try:
-                logged = json.loads(line)
-                count, entry = _check_count(logged.pop("steps", 1)), str(logged.pop("entry", ""))
-                step = Step(**logged)
-            except (ValueError, TypeError):
+            if (attempt := _read_line(line)) is None:
                 raise InfrastructureError(
                     f"{self.path}: line {number} is not a step",
                     todo="restore the file from a backup; without it no budget can be stated",
-                ) from None
-            if memberships is None or step.membership in memberships:
-                yield Attempt(step, count, entry)
+                )
+            if memberships is None or attempt.step.membership in memberships:
+                yield attempt
+
+    def readable(self) -> list[Attempt]:
+        """Return what each line of the log states that can be read, in order, also after a line
+        that cannot. This is for a restore, which charges for what is left of a damaged log."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        lines = content.rpartition(b"\n")[0].decode(errors="replace").splitlines()
+        return [attempt for attempt in map(_read_line, lines) if attempt]
 
 
 def _whole_lines(path: Path) -> list[str]:
     return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+
+
+def _read_line(line: str) -> Attempt | None:
+    """Return what a line of the log states; None if it is no step."""
+    try:
+        logged = json.loads(line)
+        count, entry = _check_count(logged.pop("steps", 1)), str(logged.pop("entry", ""))
+        return Attempt(Step(**logged), count, entry)
+    except (AttributeError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def _check_count(count: object) -> int:

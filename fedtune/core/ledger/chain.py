@@ -245,6 +245,10 @@ class Transaction:
         rows = list(self.sql.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)))
         return rows[0][0] if rows else None
 
+    def has(self, head: Head) -> bool:
+        """Return whether the chain itself has the entry `head`."""
+        return self.hash_at(head.seq) == head.hash
+
     def add_members(self, dataset: str, hashes: Iterable[bytes]) -> None:
         rows = ((hash_, dataset) for hash_ in hashes)
         self.sql.executemany("INSERT OR IGNORE INTO members VALUES (?, ?)", rows)

@@ -158,9 +158,17 @@ def samples_first(charges: Iterable[Charge]) -> bool:
     """Return whether the first step that was charged sampled (q < 1), or may have done so: after a
     restore this may not be known. Return True without charges. `core.dp.filter.total_epsilon` needs
     the result. charges: in the ledger's order."""
+    charges = list(charges)
     first = _first_charges(charges)
     may = (charge.sampling_rate < 1 or charge.membership == EVERY for charge in first)
-    return any(may) or not first
+    return any(may) or not first or not are_kinds_known(charges)
+
+
+def are_kinds_known(charges: Iterable[Charge]) -> bool:
+    """Return whether each charge states what its steps were. One that a restore priced by bounds
+    does not: its steps may have been of several kinds, and before any other.
+    `core.dp.filter.total_epsilon` needs the result."""
+    return all(charge.study != LOST for charge in charges)
 
 
 def _first_charges(charges: Iterable[Charge]) -> list[Charge]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -465,15 +466,22 @@ class ReceiptLog(NamedTuple):
     def every(self) -> tuple[Receipt, ...]:
         return self.accepted + self.refused
 
-    def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
-        """Return a log with the receipt `new` added. A receipt whose entry the ledger's chain lacks
-        (not `in_chain`) is added to `refused`. Any other replaces its holder's receipt in
-        `accepted`, unless that is as new or newer."""
-        if not in_chain:
+    def plus(
+        self, new: Receipt, is_accounted_for: bool, in_chain: Callable[[Head], bool]
+    ) -> ReceiptLog:
+        """Return a log with the receipt `new` added. A receipt whose entry the ledger does not
+        account for is added to `refused`. Any other replaces its holder's receipt in `accepted`,
+        unless that is as new or newer. Numbers tell so only between two entries of the chain: an
+        entry of a branch that was lost, and charged for, may have any number.
+
+        - is_accounted_for: whether the ledger has the entry, or a restore charged for it
+        - in_chain: tells of an entry whether the ledger's chain itself has it"""
+        if not is_accounted_for:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
-        older = [r for r in self.accepted if r.holder == new.holder]
-        if older and older[0].head.seq >= new.head.seq:
-            return self
+        for old in self.accepted:
+            is_comparable = old.holder == new.holder and in_chain(old.head)
+            if is_comparable and (not in_chain(new.head) or old.head.seq >= new.head.seq):
+                return self
         others = (r for r in self.accepted if r.holder != new.holder)
         return self._replace(accepted=(*others, new))
 
@@ -491,18 +499,36 @@ def read_receipts(path: Path, public: str) -> ReceiptLog | None:
     try:
         content = json.loads(_content(path))
         for name in ReceiptLog._fields:
-            receipts = []
-            for row in content[name]:
-                if (head := head_in(row, public)) is None:
-                    return None
-                mark = mark_in(row, public, head)
-                by = row["paid_signature"] if mark.paid else ""
-                given, membership = str(row["coordinator"]), str(row.get("membership", ""))
-                receipts.append(Receipt(given, mark, row["signature"], by, membership))
-            lists.append(tuple(receipts))
+            receipts = [_read_receipt(row, public) for row in content[name]]
+            lists.append(tuple(receipt for receipt in receipts if receipt))
+            if None in receipts:
+                return None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return ReceiptLog(*lists)
+
+
+def readable_receipts(path: Path, public: str) -> ReceiptLog:
+    """Read those receipts of the file `path`, which may be damaged, that the key `public` signed.
+    All of them count as refused: whether the ledger has their entries is not asked."""
+    found = list[Receipt]()
+    content = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for start in re.finditer(r"\{\"", content):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            row, _ = json.JSONDecoder().raw_decode(content, start.start())
+            found += [receipt] if (receipt := _read_receipt(row, public)) else []
+    return ReceiptLog(refused=tuple(dict.fromkeys(found)))
+
+
+def _read_receipt(row: Any, public: str) -> Receipt | None:
+    """Return the receipt in a row (`Receipt.row`); None if the key `public` did not sign its head.
+    Errors: KeyError, TypeError if it is no row of a receipt."""
+    if (head := head_in(row, public)) is None:
+        return None
+    mark = mark_in(row, public, head)
+    by = row["paid_signature"] if mark.paid else ""
+    given, membership = str(row["coordinator"]), str(row.get("membership", ""))
+    return Receipt(given, mark, row["signature"], by, membership)
 
 
 def traces(folder: Path) -> list[str]:

@@ -853,7 +853,8 @@ class Ledger:
         """Store a receipt, if it is the newest of its coordinator. Errors: LedgerError if the
         ledger lacks the entry that it is for; it is stored then, too."""
         with self._store.writing() as writer:
-            after = writer.receipts.plus(new, self._store.accounts_for(writer.sql, new.mark))
+            is_accounted_for = self._store.accounts_for(writer.sql, new.mark)
+            after = writer.receipts.plus(new, is_accounted_for, writer.has)
             if after != writer.receipts:
                 replace(self.folder / RECEIPT, after.packed, private=True)
                 self._store.note_receipts(writer.sql)

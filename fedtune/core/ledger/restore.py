@@ -1,8 +1,9 @@
 """Back up the ledger, and restore it so that lost entries are charged conservatively.
 
 Guarantee: a restored ledger charges at least what was spent, as far as any file named below shows.
-1. It continues a base: the longest chain of entries that verifies, which is that of the backup or
-   that of the folder itself.
+1. It continues a base: a chain of entries that verifies, which is that of the backup or that of
+   the folder itself. If one of them continues the other, it is the longer one, and of two branches
+   that which charged more.
 2. Each entry beside the base that the site signed is charged as it is: those of the other one of
    these two chains, and each row that can be read of the old database.
 3. Each line of the step log names the ledger's entry that charged the attempt. If neither the base
@@ -121,6 +122,7 @@ from fedtune.core.ledger.files import (
     read_named,
     read_noted,
     read_receipts,
+    readable_receipts,
     state,
 )
 from fedtune.core.wire.keys import SigningKey, verifies
@@ -139,7 +141,7 @@ class _Base:
     - entries: the chain's entries, oldest first
     - is_salt_lost: True if `salt` is not, or may not be, the one by which the old ledger hashed. A
       unit then has another hash than before
-    - beside: the shorter one of the backup's chain and the folder's, if this one lacks its newest
+    - beside: the other one of the backup's chain and the folder's, if this one lacks its newest
       entry: the folder was put back to an earlier copy of itself, and went on. None: there is none
     - rows_beside: the rows of the old databases that the site signed and that neither chain has"""
 
@@ -220,6 +222,12 @@ class _Base:
         for entry in self.entries:
             total = total.plus(count_paid(entry.kind, entry.body))
         return total
+
+    @property
+    def amount(self) -> tuple[int, int, int]:
+        """How much the chain charged, to compare two branches: charges without noise, noised steps,
+        and entries that charge."""
+        return self.paid.bare, self.paid.steps, len(self.charging)
 
     @property
     def withdrawn(self) -> set[str]:
@@ -354,12 +362,13 @@ def _restore(
     Errors: LedgerError, NewerLedger, OSError, sqlite3.Error."""
     base = _base(folder, from_, key.public)
     receipts = read_receipts(folder / RECEIPT, key.public)
-    log = receipts or ReceiptLog()
+    log = receipts or readable_receipts(folder / RECEIPT, key.public)
     anchor = read_anchor(folder / HEAD, key.public) if (folder / HEAD).exists() else None
     named = read_named(folder / HEAD, key.public) if anchor else Named()
     marks = [receipt.mark for receipt in log.every]
     marks += [noted.mark] if noted else []
     marks += [anchor] if anchor else []
+    marks += _marks_beside(from_, key.public) if from_ else []
     highest = max([base.seq, *(mark.head.seq for mark in marks)])
     rows = _readable_rows(folder / DATABASE, highest)
     sources = [folder / DATABASE]
@@ -368,8 +377,10 @@ def _restore(
         sources.append(base.beside.path)
     base = dataclasses.replace(base, rows_beside=_rows_beside(base, rows, key.public))
     stands = _add_readable(stands, rows, key.public, base)
+    logs = [place / STEPS for place in (folder, from_) if place]
     entry_body = _restore_body(
-        folder, base, marks, [each.head for each in named.sent], anchor, receipts, rows, key.public
+        *(folder, logs, base, marks, [each.head for each in named.sent], anchor, receipts),
+        *(rows, key.public),
     )
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
@@ -414,6 +425,15 @@ def _restore(
     newest = Mark(writer.head, paid, costliest, choose_charged(charging))
     new_anchor = encode_anchor(key, state(key, newest), named)
     _install(folder, draft, base.salt, new_anchor, receipts)
+
+
+def _marks_beside(from_: Path, public: str) -> list[Mark]:
+    """Return what the anchor and the receipts in the folder of a backup state. A copy of a state
+    folder has them, and they may name entries that its database lacks. public: the public half
+    (hexadecimal) of the site's key."""
+    anchor = read_anchor(from_ / HEAD, public) if (from_ / HEAD).exists() else None
+    log = readable_receipts(from_ / RECEIPT, public)
+    return [receipt.mark for receipt in log.every] + ([anchor] if anchor else [])
 
 
 def _say_salt_lost(withdrawn: int) -> str:
@@ -615,14 +635,16 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
             expected=f"{DATABASE} and {SALT}, signed by {KEY}",
             todo="name another backup, or none to restore from the files that are left",
         )
-    # A backup with the folder's own newest entry is not taken: whether a person withdrew since it
-    # was made must not decide whether the chain is the folder's own.
-    if local is not None and local.seq >= backup.seq:
-        if local.holds(backup.head):
-            return local
+    # A backup whose newest entry the folder has is not taken. Of two branches, what they charged
+    # decides, and never their numbers of entries: how many withdrew on each must not decide to
+    # which datasets the charges of the other count.
+    if local is not None and local.holds(backup.head):
+        return local
+    extends = local is None or backup.holds(local.head)
+    if local is not None and not extends and local.amount >= backup.amount:
         is_lost = backup.salt != local.salt
         return dataclasses.replace(local, is_salt_lost=is_lost, beside=backup)
-    beside = local if local is not None and not backup.holds(local.head) else None
+    beside = None if extends else local
     # Who withdrew since a salt was made anew is known by hashes under that one alone.
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
     is_another = len(salt) == 32 and salt != backup.salt
@@ -698,6 +720,7 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 
 def _restore_body(
     folder: Path,
+    logs: list[Path],
     base: _Base,
     marks: list[Mark],
     sent: list[Head],
@@ -708,9 +731,10 @@ def _restore_body(
 ) -> dict[str, Any]:
     """Return the body of the restore entry: which entries are lost, and the charges for them.
 
-    - folder: the ledger's folder, with what is left of the step log
+    - folder: the ledger's folder
+    - logs: the step logs: what is left of the folder's own, and the one beside the backup
     - base: the chain that is continued
-    - marks: what anchor, receipts and this machine's note state
+    - marks: what anchors, receipts and this machine's note state
     - sent: the earlier entries that the anchor names. They are of its own chain, so what is charged
       for the anchor is charged for them
     - anchor: what the anchor holds; None if it is missing or cannot be read
@@ -731,14 +755,16 @@ def _restore_body(
     of records: which updates it released, which records were declared public or generated, and on
     whom was trained. What follows from it does not depend on what was lost."""
     columns = _readable_columns(rows, public)
-    plans = _list_plans(folder / STEPS, rows, public, base)
+    lines = _readable_lines(logs)
+    plans = _list_plans(lines, rows, public, base)
     marks = [mark for mark in marks if not base.holds(mark.head)]
     heads = [head for mark in marks for head in (mark.head, *mark.charged)]
     heads += [*(sent if anchor in marks else []), *base.heads_beside]
     unknown = [head for head in dict.fromkeys(heads) if not base.holds(head)]
-    logged, unnamed = _charges_of_lines(folder / STEPS, base)
+    logged, unnamed = _charges_of_lines(lines, base)
     covered = base.covered
-    lost = [EXHAUSTED] if anchor is None else _price(marks, covered, _entered(base, logged))
+    entered_here = _entered(base, logged, lines)
+    lost = [EXHAUSTED] if anchor is None else _price(marks, covered, entered_here)
     order = base.charges[0].order if base.charges else EXHAUSTED.order
     lost = [*logged.values(), *unnamed, *lost]
     lost = [dataclasses.replace(charge, order=order) for charge in lost]
@@ -781,7 +807,9 @@ def _price(marks: list[Mark], covered: dict[Head, Paid], entered: dict[str, Paid
       charged
     - entered: the hash of each lost entry that is charged by itself -> what is charged for it"""
     charges = []
-    for mark in sorted(marks, key=lambda mark: mark.head.seq):  # an earlier one covers a later one
+    # An earlier one covers a later one. How much was charged tells which is earlier, and not the
+    # number of the entry, by which the price would follow from how many withdrew.
+    for mark in sorted(marks, key=lambda mark: mark.paid or Paid()):
         if mark.paid is None:
             charges.append(EXHAUSTED)
             continue
@@ -816,23 +844,31 @@ def _bound(costliest: Costliest, steps: int) -> Charge:
     )
 
 
-def _charges_of_lines(path: Path, base: _Base) -> tuple[dict[str, Charge], list[Charge]]:
+def _readable_lines(logs: list[Path]) -> list[Attempt]:
+    """Return what each line of several step logs states. A line that several of them have counts
+    once. Lines that cannot be read are left out."""
+    found = Counter[Attempt]()
+    for path in logs:
+        found |= Counter(StepLog(path).readable())
+    return list(found.elements())
+
+
+def _charges_of_lines(lines: list[Attempt], base: _Base) -> tuple[dict[str, Charge], list[Charge]]:
     """Return charges for what lines of the step log state, and neither the base nor an entry beside
     it charges. Two: the hash of each ledger's entry that lines name -> its charge, for the steps
     beyond those that are charged for it; and the charges for lines that name none, as those of an
     older release: of such rounds, the steps beyond those that are charged for rounds of their kind
-    (`_round_key`) and that no other line names. Lines after one that cannot be read are left out.
+    (`_round_key`) and that no other line names.
 
-    path: the step log's file; base: the chain that is continued"""
+    lines: what the step log's lines state; base: the chain that is continued"""
     named, unnamed = dict[str, Charge](), dict[tuple[Any, ...], Charge]()
     names = {charge.study: charge.name for charge in base.charges}
-    with suppress(InfrastructureError):
-        for line in StepLog(path).attempts():
-            charge = _charge_of_line(line, names.get(line.step.study, "restored"))
-            if line.entry:
-                named[line.entry] = _join(named.get(line.entry), charge)
-            else:
-                unnamed[_round_key(charge)] = _join(unnamed.get(_round_key(charge)), charge)
+    for line in lines:
+        charge = _charge_of_line(line, names.get(line.step.study, "restored"))
+        if line.entry:
+            named[line.entry] = _join(named.get(line.entry), charge)
+        else:
+            unnamed[_round_key(charge)] = _join(unnamed.get(_round_key(charge)), charge)
     paid = _list_entered([*base.entries, *base.entries_beside])
     of_kind = Counter[tuple[Any, ...]]()
     for charge in (*base.charges, *base.charges_beside):
@@ -889,12 +925,21 @@ def _charge_of_line(line: Attempt, name: str) -> Charge:
     )
 
 
-def _entered(base: _Base, logged: dict[str, Charge]) -> dict[str, Paid]:
-    """Return what is charged for each lost entry by itself: the entry's hash -> how much.
+def _entered(base: _Base, logged: dict[str, Charge], lines: list[Attempt]) -> dict[str, Paid]:
+    """Return what is charged for each lost entry by itself: the entry's hash -> how much. Equal
+    lines of one entry, of which each attempt has one, count once here: no charge is as large as a
+    line that a person copied.
 
     - base: the chain that is continued, with the entries beside it
-    - logged: the charges for entries that the step log names (`_charges_of_lines`)"""
-    entered = {entry: _sum([charge]) for entry, charge in logged.items()}
+    - logged: the charges for entries that the step log names (`_charges_of_lines`)
+    - lines: what the step log's lines state"""
+    stated = Counter[str]()
+    for line in dict.fromkeys(lines):
+        stated[line.entry] += line.steps
+    entered = {
+        entry: _sum([dataclasses.replace(charge, steps=min(charge.steps, stated[entry]))])
+        for entry, charge in logged.items()
+    }
     rows = {entry.hash: count_paid(entry.kind, entry.body) for entry in base.entries_beside}
     return entered | rows
 
@@ -930,15 +975,14 @@ def _readable_columns(rows: list[tuple[Any, ...]], public: str) -> dict[str, lis
 
 
 def _list_plans(
-    path: Path, rows: list[tuple[Any, ...]], public: str, base: _Base
+    lines: list[Attempt], rows: list[tuple[Any, ...]], public: str, base: _Base
 ) -> list[list[str]]:
     """List each [plan, membership] that ran or was signed here, as far as the step log or a row of
     the old database that the site signed shows it; those of the base's own entries are left out.
 
-    path: the step log's file. rows, public, base: as for `_restore_body`"""
-    found, known = set[tuple[str, str]](), set[tuple[str, str]]()
-    with suppress(InfrastructureError):
-        found = {(step.study, step.membership) for step in StepLog(path).steps()}
+    lines: what the step log's lines state. rows, public, base: as for `_restore_body`"""
+    known = set[tuple[str, str]]()
+    found = {(line.step.study, line.step.membership) for line in lines}
     for entry in base.entries:
         known |= _plans_in(entry.kind, entry.body)
     for row in rows:

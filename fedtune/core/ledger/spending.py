@@ -13,7 +13,14 @@ from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.ledger.declared import read_declarations
-from fedtune.core.ledger.entries import Charge, Cohort, Spent, orders_of, samples_first
+from fedtune.core.ledger.entries import (
+    Charge,
+    Cohort,
+    Spent,
+    are_kinds_known,
+    orders_of,
+    samples_first,
+)
 from fedtune.core.ledger.ledger import Ledger
 
 
@@ -224,13 +231,14 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
     charges = [entry.charge for entry in spent]
     events = [charge.event for charge in charges]
     orders, sampled = orders_of(charges), samples_first(charges)
-    total = total_epsilon(events, orders, policy.delta, sampled)
+    known = are_kinds_known(charges)
+    total = total_epsilon(events, orders, policy.delta, sampled, known)
     pld = _epsilon(events, policy.delta)
     found = DatasetBudget(dataset, total.epsilon, total.how, pld, policy.ceiling, policy.delta)
     if not _is_noise_shared(spent):
         return found
     fallback = [charge.fallback for charge in charges]
-    alone = total_epsilon(fallback, orders, policy.delta, sampled)
+    alone = total_epsilon(fallback, orders, policy.delta, sampled, known)
     ceiling = policy.fallback_ceiling
     return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
 

@@ -18,7 +18,14 @@ from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.files.room import Room
-from fedtune.core.ledger.entries import EVERY, Charge, Spent, orders_of, samples_first
+from fedtune.core.ledger.entries import (
+    EVERY,
+    Charge,
+    Spent,
+    are_kinds_known,
+    orders_of,
+    samples_first,
+)
 
 OTHER_KIND = Steps(1e6, 1.0, 1)  # a step that costs nothing and is of another kind than any study's
 MOST_ATTEMPTS = 8  # how often one round of a plan may be charged
@@ -87,7 +94,8 @@ class Budget:
         if not self.charges:  # this plan's step comes first
             return total_epsilon(events, self.order, self.policy.delta, self.plan.sampling_rate < 1)
         orders, sampled = orders_of(self.charges), samples_first(self.charges)
-        return total_epsilon(events, orders, self.policy.delta, sampled)
+        known = are_kinds_known(self.charges)
+        return total_epsilon(events, orders, self.policy.delta, sampled, known)
 
     def remaining(self) -> int:
         """Return how many of the plan's steps are not charged yet, at least 0. If a round was
