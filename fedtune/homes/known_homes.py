@@ -41,6 +41,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.adopted import ADOPTED
+from fedtune.core.ledger.chain import looks_up
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -48,6 +49,7 @@ from fedtune.core.ledger.files import (
     RESTORE,
     Head,
     LedgerError,
+    Mark,
     read_head,
     read_noted,
     traces,
@@ -130,9 +132,12 @@ def find_head(home: Path) -> dict[str, Any] | None:
 
 
 def _is_newer(home: Path) -> bool:
-    """Return whether the anchor of the ledger in `home` names a later entry than is noted."""
+    """Return whether the anchor of the ledger in `home` names a later entry than is noted. It does
+    not if the ledger lacks the noted entry: the folder was put back, and went on with others."""
     new, noted = _read_heads(home)
-    return noted is None or (new is not None and new.seq > noted.seq)
+    if new is None or noted is None:
+        return noted is None
+    return new.seq > noted.head.seq and looks_up(home, noted) is True
 
 
 def _account(note: Note) -> dict[str, Any]:
@@ -141,8 +146,8 @@ def _account(note: Note) -> dict[str, Any]:
 
 def note_head(home: Path) -> None:
     """Note the newest entry of the ledger in `home`, if this home is noted as one that pays for
-    private records. An entry with a larger number stays noted: the folder may have been put back
-    since. Nothing is done if the notes cannot be written: `check_home` has warned."""
+    private records. An entry that the ledger lacks stays noted, and so does one with a larger
+    number: the folder was put back since. Nothing is done if the notes cannot be written: `check_home` has warned."""
     with suppress(InfrastructureError, OSError, ValueError, AttributeError):
         if not _is_newer(home):
             return
@@ -170,28 +175,29 @@ def check_ledger_there(home: Path) -> None:
 
 def check_not_put_back(home: Path) -> None:
     """Check that the ledger which this machine's notes know in the folder `home`, if any, is still
-    there (`check_ledger_there`), and that its anchor names no earlier entry than this machine
-    noted. The ledger is not opened: this is asked often, and by processes that open none. Whether
-    it has the noted entry, `check_head` finds out. `open_ledger` and `find_ledger` call this before
-    they open a ledger. Errors: ConfigError if it is not there; LedgerError if it is behind."""
+    there (`check_ledger_there`), and that it has the entry that this machine noted. Its entries are
+    not verified: this is asked often. `open_ledger` and `find_ledger` call this before they open a
+    ledger. Errors: ConfigError if it is not there; LedgerError if it lacks the entry."""
     check_ledger_there(home)
     new, noted = _read_heads(home)
-    if new is not None and noted is not None and new.seq < noted.seq:
+    if new is None or noted is None:
+        return
+    if new.seq < noted.head.seq or looks_up(home, noted) is False:
         raise LedgerError(
             f"{home}: the ledger was put back to an earlier copy of itself: its newest entry is "
-            f"{new.seq}, and this machine noted entry {noted.seq}",
+            f"{new.seq}, and this machine noted entry {noted.head.seq}, which it lacks",
             todo=RESTORE,
         )
 
 
-def _read_heads(home: Path) -> tuple[Head | None, Head | None]:
+def _read_heads(home: Path) -> tuple[Head | None, Mark | None]:
     """Return the newest entry of the ledger in `home`, by its anchor, and the one that this machine
     noted; each None if it is not known, or another key signed it."""
     with suppress(InfrastructureError, OSError):
         public = SigningKey.at(home / KEY).public if (home / KEY).exists() else ""
         noted = read_noted(find_head(home), public) if public else None
         if noted is not None:
-            return read_head(home / HEAD, public), noted.head
+            return read_head(home / HEAD, public), noted.mark
     return None, None
 
 
@@ -210,6 +216,7 @@ def move_notes(state: Path, home: Path) -> None:
                 replace(path, _encode(homes | {pays: noted + added}), private=True)
     except (InfrastructureError, OSError) as error:
         log.warning(NOT_REMEMBERED, error)
+    note_head(home)  # a home that is put back to before the adoption is noticed
 
 
 def check_simulated(site: Site) -> None:

@@ -206,7 +206,8 @@ def test_a_vault_that_is_started_again_begins_no_ledger(
     if how == "in a spool":
         unmount(site.home)
         with pytest.raises(ConfigError, match="is not there"):
-            spooled._vault(site, path, Spool.at(world), False, 1)
+            with spooled._vault(site, path, Spool.at(world), False, 1):
+                pytest.fail("it was started")
     elif how == "for each request":
         unmount(site.home)
         monkeypatch.setattr(spooled, "_run", lambda *_: pytest.fail("the command was run"))
@@ -628,6 +629,41 @@ def test_a_folder_that_was_put_back_is_noticed_first(
     assert (cheap, costly) == (2 + 2 * later, 8)
     Ledger(home).accept("records", "an officer", declared=[EVERY])
     join(world, "cardio")
+
+
+@pytest.mark.parametrize("others", [0, 3, 20])
+def test_a_client_that_runs_on_keeps_the_note_of_what_was_lost(world: Path, others: int) -> None:
+    """However many entries the copy got from another account, whose notes are elsewhere."""
+    home = world / "cardio-state"
+    join(world, "cardio")
+    copy = shutil.copytree(home, world / "copy")
+    spend(world / "cardio.toml", 4, sigma=2.0)
+    known_homes.note_head(home)
+    put_back(copy, home)
+    for number in range(others):
+        Ledger(home).withdraw(b"%d" % number)
+    known_homes.note_head(home)  # by the client that runs, each minute
+    site = load_site(world / "cardio.toml")
+    for ask in (partial(known_homes.check_not_put_back, home), partial(check_before_joining, site)):
+        with pytest.raises(LedgerError, match="this machine noted entry"):
+            ask()
+    assert run("ledger", world / "cardio.toml", "--restore").exit_code == 0
+    charges = Ledger(home).charges("records")
+    assert sum(charge.steps for charge in charges if charge.noise_multiplier == 2.0) == 8
+    known_homes.note_head(home)
+    known_homes.check_not_put_back(home)  # the noted entry was charged for
+
+
+def test_a_home_that_is_put_back_to_before_an_adoption_is_noticed(world: Path) -> None:
+    """By the other memberships, and although no client ran since the adoption."""
+    adopt(world / "home", world / "cardio.toml", "cardio")
+    check_before_joining(load_site(world / "cardio.toml"))
+    copy = shutil.copytree(world / "home", world / "copy")
+    adopt(world / "home", world / "onco.toml", "onco")
+    shutil.copy(world / "home" / "hospital.toml", copy)
+    put_back(copy, world / "home")
+    with pytest.raises(LedgerError, match="this machine noted entry"):
+        check_before_joining(load_site(world / "cardio.toml"))
 
 
 def test_what_this_machine_noted_counts_in_a_restore_with_an_earlier_anchor(world: Path) -> None:

@@ -35,7 +35,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -479,6 +479,22 @@ class Database:
                     todo=RESTORE,
                 )
         return receipts
+
+
+def looks_up(folder: Path, mark: Mark) -> bool | None:
+    """Return whether the ledger in `folder` accounts for a mark's entry (`Database.accounts_for`).
+    The chain is not verified. None if the database is missing, locked or damaged."""
+    path = folder / DATABASE
+    try:
+        with closing(connect(path, must_exist=True)) as connection:
+            if Transaction(connection, None, None).has(mark.head):
+                return True
+            settled = set[Head]()
+            for (body,) in connection.execute("SELECT body FROM entries WHERE kind = 'restore'"):
+                settled |= {Head(*pair) for pair in json.loads(body)["settled"]}
+            return not settled.isdisjoint({mark.head, *mark.charged[:1]})
+    except (InfrastructureError, OSError, sqlite3.Error, ValueError, TypeError, KeyError):
+        return None
 
 
 def has_receipts(connection: sqlite3.Connection) -> bool:

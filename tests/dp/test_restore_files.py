@@ -1,0 +1,216 @@
+"""Which files a restore reads, which of two branches it continues, and in which order it prices."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.core.config import PolicyTable
+from fedtune.core.dp.filter import best_order
+from fedtune.core.ledger.entries import EVERY, LOST, are_kinds_known, samples_first
+from fedtune.core.ledger.files import read_receipts, readable_receipts
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.spending import budget
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
+from tests.dp.ledger_kit import charge, covers, run_round, total
+
+OTHER = "sha256:" + "77" * 32
+
+
+def begin(folder: Path) -> Ledger:
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 1)
+    return ledger
+
+
+def take(source: Path, to: Path, *names: str) -> None:
+    to.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copy2(source / name, to / name)
+
+
+def replace_folder(folder: Path, copy: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(copy, folder)
+
+
+def receive(folder: Path, key: SigningKey) -> dict[str, Any]:
+    return receipt(key, Ledger(folder).head_statement(coordinator=key.public))
+
+
+@pytest.mark.parametrize("shows", ["ledger.head", "steps.jsonl", "ledger.receipt", None])
+def test_a_copy_of_the_folder_is_read_with_its_anchor_receipts_and_log(
+    folder: Path, tmp_path: Path, shows: str | None
+) -> None:
+    """The copy was made while a round was answered: its database alone lacks the round. The twin's
+    other files were not copied, and nothing shows the round."""
+    begin(folder)
+    early, copy, coordinator = tmp_path / "early", tmp_path / "copy", SigningKey()
+    shutil.copytree(folder, early)
+    run_round(Ledger(folder), 2)
+    take(folder, copy, "ledger.db", "salt")
+    run_round(Ledger(folder), 3, done=charge(3, sigma=0.5))
+    Ledger(folder).accept_receipt(receive(folder, coordinator), coordinator.public)
+    if shows:
+        take(folder, copy, shows)
+    replace_folder(folder, early)
+    restored = Ledger.restore(folder, copy)
+    assert covers(total(restored), {1.0: 8, 0.5: 4}) is (shows is not None)
+    assert total(restored)[1.0] == 8
+    again = Ledger.restore(folder, copy)
+    assert total(again) == total(restored)
+
+
+@pytest.mark.parametrize("damage", ["its start", "its end", "one receipt"])
+def test_receipts_that_can_be_read_in_a_damaged_file_are_charged(
+    folder: Path, tmp_path: Path, damage: str
+) -> None:
+    begin(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for round_ in (2, 3, 4):
+        run_round(Ledger(folder), round_, done=charge(round_, sigma=0.5))
+        one = SigningKey()
+        Ledger(folder).accept_receipt(receive(folder, one), one.public)
+    path, public = folder / "ledger.receipt", Ledger(folder).key.public
+    whole = read_receipts(path, public)
+    assert whole and {*readable_receipts(path, public).every} == {*whole.every}
+    take(copy, folder, "ledger.db", "ledger.head", "steps.jsonl")
+    content = path.read_bytes()
+    one = whole.every[1].signature.encode()
+    damaged = {"its start": content[1:], "its end": content[:-1]}
+    path.write_bytes(damaged.get(damage, content.replace(one, one[::-1])))
+    assert read_receipts(path, public) is None
+    assert total(Ledger.restore(folder)) == {1.0: 4, 0.5: 12}
+
+
+def test_lines_after_a_damaged_one_are_charged(folder: Path, tmp_path: Path) -> None:
+    begin(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for round_ in (2, 3, 4):
+        run_round(Ledger(folder), round_, done=charge(round_, sigma=0.5))
+    take(copy, folder, "ledger.db", "ledger.head")
+    log = folder / "steps.jsonl"
+    first, second, *later = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([first, second.replace(b"noise", b"n\x00\xffse"), *later]))
+    assert total(Ledger.restore(folder)) == {1.0: 4, 0.5: 8}
+
+
+def test_a_line_that_is_there_twice_pays_for_no_other_round(folder: Path, tmp_path: Path) -> None:
+    ledger = begin(folder)
+    ledger.backup(tmp_path / "backup")
+    run_round(ledger, 2)
+    log = folder / "steps.jsonl"
+    before = log.read_bytes()
+    run_round(ledger, 3, done=charge(3, sigma=0.5))
+    log.write_bytes(before + before.splitlines(keepends=True)[-1])
+    (folder / "ledger.db").unlink()
+    assert covers(total(Ledger.restore(folder, tmp_path / "backup")), {1.0: 8, 0.5: 4})
+
+
+@pytest.mark.parametrize("withdrawals", [0, 1, 3, 30])
+def test_which_branch_is_continued_depends_on_charges_alone(
+    folder: Path, tmp_path: Path, withdrawals: int
+) -> None:
+    """And so does which of two disjoint datasets pays for the other branch's charges."""
+    ledger = Ledger(folder)
+    ledger.declare("notes", ["images"], "sha256:0", [b"ann"], keys=[b"ann"])
+    ledger.declare("images", ["notes"], "sha256:1", [b"bob"], keys=[b"bob"])
+    run_round(ledger, 1, "notes")
+    run_round(ledger, 2, "images")
+    early = shutil.copytree(folder, tmp_path / "early")
+    run_round(ledger, 3, "notes", charge(3, sigma=0.7))
+    for number in range(withdrawals):
+        Ledger(folder).withdraw(b"w%d" % number)
+    Ledger(folder).backup(tmp_path / "backup")
+    replace_folder(folder, early)
+    run_round(Ledger(folder), 4, "images", charge(4, study=OTHER))
+    Ledger(folder).declare("images", None, None, (), columns=None)
+    restored = Ledger.restore(folder, tmp_path / "backup")
+    assert total(restored, "notes") == {1.0: 4, 0.7: 4}
+    assert total(restored, "images") == {1.0: 8, 0.7: 4}
+    assert len(restored.withdrawn()) == withdrawals
+
+
+@pytest.mark.parametrize("withdrawals", [0, 1, 3, 30])
+def test_marks_are_priced_in_an_order_that_tells_of_no_person(
+    folder: Path, tmp_path: Path, withdrawals: int
+) -> None:
+    ledger = begin(folder)
+    ledger.backup(tmp_path / "backup")
+    run_round(ledger, 2)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for number in range(withdrawals):
+        Ledger(folder).withdraw(b"w%d" % number)
+    anchor = json.loads((folder / "ledger.head").read_bytes())
+    noted = {key: value for key, value in anchor.items() if "named" not in key}
+    replace_folder(folder, copy)
+    run_round(Ledger(folder), 3)
+    for name in ("ledger.db", "steps.jsonl"):
+        (folder / name).unlink()
+    assert total(Ledger.restore(folder, tmp_path / "backup", None, noted)) == {1.0: 12}
+
+
+@pytest.mark.parametrize("withdrawals", [0, 5, 30])
+def test_a_receipt_of_a_branch_that_was_charged_for_hides_no_later_one(
+    folder: Path, tmp_path: Path, withdrawals: int
+) -> None:
+    """It may have a higher number, by entries that people caused."""
+    first, second = SigningKey(), SigningKey()
+    begin(folder)
+    early = shutil.copytree(folder, tmp_path / "early")
+    run_round(Ledger(folder), 2)
+    Ledger(folder).accept_receipt(receive(folder, first), first.public)
+    run_round(Ledger(folder), 3)
+    of_second = receive(folder, second)
+    for number in range(withdrawals):
+        Ledger(folder).withdraw(b"w%d" % number)
+    of_first = receive(folder, first)  # asked once more for its round
+    replace_folder(folder, early)
+    Ledger.restore(folder)
+    for given, key in ((of_second, second), (of_first, first)):
+        with suppress(LedgerError):
+            Ledger(folder).accept_receipt(given, key.public)
+            continue
+        Ledger.restore(folder).accept_receipt(given, key.public)
+    copy = shutil.copytree(folder, tmp_path / "later")
+    for round_ in (4, 5):
+        run_round(Ledger(folder), round_, done=charge(round_, sigma=0.5))
+        Ledger(folder).accept_receipt(receive(folder, first), first.public)
+    take(copy, folder, "ledger.db", "ledger.head", "steps.jsonl")
+    assert covers(total(Ledger.restore(folder)), {1.0: 12, 0.5: 8})
+
+
+def test_what_is_priced_by_bounds_is_of_no_known_kind(folder: Path) -> None:
+    """Else ε would fall with a loss: 400 steps at one σ and 40 at another become 440 of one kind,
+    composed as if that kind had been chosen before the first step."""
+    policy = PolicyTable(max_delta=1e-5, max_epsilon=8.0)
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    for round_, (sigma, steps) in enumerate([(1.0, 400), (0.98, 40)], 1):
+        done = charge(round_, sigma=sigma, steps=steps, study=f"sha256:{round_:064d}")
+        order = best_order(8.0, policy.delta)
+        run_round(ledger, round_, done=replace(done, sampling_rate=0.02, order=order))
+    before = budget("notes", ledger.spending("notes"), policy)
+    for name in ("ledger.db", "steps.jsonl"):
+        (folder / name).unlink()
+    restored = Ledger.restore(folder)
+    charges = restored.charges("notes")
+    assert {one.study for one in charges} == {LOST} and not are_kinds_known(charges)
+    after = budget("notes", restored.spending("notes"), policy)
+    assert after.epsilon >= before.epsilon and "PLD" not in after.how
+
+
+def test_a_charge_by_bounds_may_have_sampled_first_also_where_it_was_adopted() -> None:
+    lost = replace(charge(1, study=LOST), sampling_rate=1.0, membership=EVERY)
+    adopted = replace(lost, membership="onco", adopted=True)
+    own = replace(charge(2), sampling_rate=1.0)
+    assert samples_first([lost]) and samples_first([adopted]) and samples_first([own, adopted])
+    assert not samples_first([own])
