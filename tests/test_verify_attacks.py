@@ -256,6 +256,54 @@ def without_teacher(report: dict[str, Any]) -> None:
         site["epsilon"] = site.pop("own_epsilon", own)
 
 
+def cheap_steps(report: dict[str, Any]) -> None:
+    """From these whoever merges the student, or distils it, would compose its ε."""
+    for site in report["privacy"]["sites"].values():
+        first, *_ = site["events"]
+        site["events"] = [[*first[:2], 1, *first[3:]]]
+
+
+def smaller_delta(report: dict[str, Any]) -> None:
+    for table in (report["privacy"], *report["privacy"]["sites"].values()):
+        table["delta"] /= 1e6
+
+
+def of_sites(**figures: Any) -> Callable[[dict[str, Any]], None]:
+    def change(report: dict[str, Any]) -> None:
+        for site in report["privacy"]["sites"].values():
+            site.update(figures)
+
+    return change
+
+
+def of_run(**figures: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda report: report["privacy"].update(figures)
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (of_sites(events=[[30.0, 1.0, 1, 1]]), "further figures is"),
+        (of_sites(known_as={"names": ["a", "b"]}), "further figures is"),
+        (of_sites(sampling_rate=0.001), "north's q is"),
+        (of_sites(max_grad_norm=9.0), "north's max_grad_norm is"),
+        (of_sites(relation="replace one unit by any other"), "relation is"),
+        (of_run(relation="replace one unit by any other"), "relation is"),
+        (of_run(clipping="flat, never"), "clipping is"),
+        (of_run(sampling="shuffled"), "sampling is"),
+        (of_run(sampling_rate=0.001), "the run's σ, q"),
+        (of_run(noise_multiplier=100.0), "the run's σ, q"),
+        (of_run(steps=1), "the run's σ, q"),
+    ],
+)
+def test_what_others_compose_epsilon_from_follows_from_the_logs(
+    signed, tmp_path: Path, change: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    """A merge of two runs takes the steps, and not the ε, that their reports state."""
+    with pytest.raises(NotGenuine, match=why):
+        verify(forged(signed[0], tmp_path, change))
+
+
 def lower_own(report: dict[str, Any]) -> None:
     report["privacy"]["sites"]["north"]["own_epsilon"] /= 2
 
@@ -272,6 +320,8 @@ def lower_own(report: dict[str, Any]) -> None:
         (lambda report: report["teacher"].update(student_epsilon=0.1), "epsilon is 0.1"),
         (lambda report: report["teacher"].update(digest="sha256:2"), "teacher's digest is"),
         (without_teacher, "teacher's digest is 'None'"),
+        (cheap_steps, "steps with its teacher's is 1"),
+        (smaller_delta, "north's epsilon is .* step logs"),
     ],
 )
 def test_a_students_own_epsilon_follows_from_its_logs_and_its_teachers_is_added(

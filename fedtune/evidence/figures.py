@@ -26,7 +26,7 @@ from fedtune.evidence.sign import EVIDENCE
 from fedtune.evidence.signed_files import TODO, fail
 from fedtune.evidence.step_summary import Agreed
 from fedtune.report import gain
-from fedtune.report.claim import assumption
+from fedtune.report.claim import RELATION, assumption
 from fedtune.report.gain import START, TRAINED
 from fedtune.report.quality import headline_lines
 
@@ -34,6 +34,9 @@ SAME = 1e-9  # relative difference up to which two computations of a figure coun
 # Limits on one site's steps and ε. No useful run exceeds them, and the accountant would take
 # minutes to days: a folder from a stranger may claim any number.
 MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
+MOST_KINDS = 256  # of steps that one site ran for a student and all its teachers
+STEP = ("noise_multiplier", "sampling_rate", "max_grad_norm", "steps")
+SHARED = {"sites", "colluding", "own_noise_multiplier", "fallback_epsilon"}
 
 
 def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
@@ -309,6 +312,10 @@ def privacy(
         _require_equal(path, "unit", table.get("unit"), privacy.unit)
         records = table.get("records_per_unit", 1)  # 1 is also what claim.best_guess takes it for
         _require_equal(path, "records_per_unit", records, study.records_per_draw)
+        _require_equal(path, "relation", table.get("relation"), RELATION)
+        _require_equal(path, "sampling", table.get("sampling"), privacy.sampling)
+        mode = study.clipping.mode if study.clipping else None
+        _require_equal(path, "clipping", table.get("clipping"), mode)
     spent, capped = dict[str, float](), False
     for name, log in events["update"].items():
         site = said["sites"][name]
@@ -320,11 +327,18 @@ def privacy(
         own = min(e["sigma"] for e in log)
         sigma = joint_sigma(own, noise_shares(study))
         _agree(path, f"{name}'s σ", site.get("noise_multiplier"), sigma)
+        _agree(path, f"{name}'s q", site.get("sampling_rate"), max(e["q"] for e in log))
+        norm = max(e["max_grad_norm"] for e in log)
+        _agree(path, f"{name}'s max_grad_norm", site.get("max_grad_norm"), norm)
+        _composed_steps(path, name, report["privacy"]["sites"][name], site)
         _fallback(path, name, site.get("secure_aggregation"), study, privacy, log)
         _require_equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
         shown[name] |= {"epsilon": value, "steps": steps}
     largest = max(spent.values())
     _agree(path, "epsilon", said.get("epsilon"), largest)
+    costliest = [site for name, site in said["sites"].items() if spent[name] == largest]
+    if not any(all(said.get(key) == site[key] for key in STEP) for site in costliest):
+        fail(path, "the run's σ, q, max_grad_norm or steps", "those of the site with the largest ε")
     worst = events["update"][max(spent, key=lambda name: spent[name])]
     _fallback(path, "the run", said.get("secure_aggregation"), study, privacy, worst)
     queried = _queries(path, said.get("evaluation"), events, privacy)
@@ -337,6 +351,35 @@ def privacy(
         logs = events["update"].values()
         claim["fallback"] = max(_steps_epsilon(log, privacy) for log in logs)
     return claim | {"sites": shown, "capped": capped}
+
+
+def _composed_steps(
+    path: Path, name: str, stated: Mapping[str, Any], own: Mapping[str, Any]
+) -> None:
+    """Check the steps from which a derived model's ε is composed: those in a site's entry of the
+    report. Only a run with a private teacher states them; they must include the run's own steps,
+    and cost the stated ε.
+
+    - path: the path of report.json, for the errors' texts
+    - name: the site's name
+    - stated: the site's entry in the report
+    - own: the entry as it is for this run's own rounds (`_without_teacher`)
+
+    Errors: NotGenuine."""
+    shared = own.get("secure_aggregation") or {}
+    if stated.get("own_epsilon") is None or "epsilon" not in stated:
+        extra = sorted({"events", "known_as"} & {*stated}) + sorted({*shared} - SHARED)
+        return _require_equal(path, f"{name}'s further figures", extra, [])
+    steps = [Steps(*event) for event in stated["events"]]
+    kind = own["noise_multiplier"], own["sampling_rate"], own.get("records_per_unit", 1)
+    same = [each for each in steps if (each[0], each[1], each.records) == kind]
+    has = sum(each.steps for each in same)
+    _require_least(path, f"{name}'s steps with its teacher's", has, own["steps"])
+    if len(steps) > MOST_KINDS or sum(each.steps for each in steps) > MOST_STEPS:
+        fail(path, f"{name}'s steps with its teacher's are too many to account for")
+    if max(at_least(each, stated["delta"]) for each in steps) > MOST_EPSILON:
+        fail(path, f"{name}'s steps with its teacher's cost too much to account for")
+    _agree(path, f"{name}'s epsilon", stated["epsilon"], epsilon(steps, stated["delta"]))
 
 
 def _without_teacher(

@@ -147,7 +147,8 @@ def _account(note: Note) -> dict[str, Any]:
 def note_head(home: Path) -> None:
     """Note the newest entry of the ledger in `home`, if this home is noted as one that pays for
     private records. An entry that the ledger lacks stays noted, and so does one with a larger
-    number: the folder was put back since. Nothing is done if the notes cannot be written: `check_home` has warned."""
+    number: the folder was put back since. Nothing is done if the notes cannot be written:
+    `check_home` has warned."""
     with suppress(InfrastructureError, OSError, ValueError, AttributeError):
         if not _is_newer(home):
             return

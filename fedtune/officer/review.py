@@ -14,6 +14,7 @@ from fedtune.accounting.rounds import with_rounds
 from fedtune.core.bases.find import known_digest
 from fedtune.core.config import (
     CoordinatorTable,
+    PolicyTable,
     ScheduleTable,
     Site,
     Study,
@@ -24,7 +25,7 @@ from fedtune.core.config import (
 )
 from fedtune.core.config.checked import checked_file, load_checked
 from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
-from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.accountant import at_least, epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import (
@@ -42,7 +43,7 @@ from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
-from fedtune.core.vault.budget import Budget, check_known
+from fedtune.core.vault.budget import MOST_ATTEMPTS, Budget, check_known
 from fedtune.core.vault.declared import with_new_policy
 from fedtune.core.vault.logged_steps import check_none_lost
 from fedtune.core.vault.policy import (
@@ -613,6 +614,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",
+        *_ordered_again(plan, policy),
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
@@ -675,6 +677,26 @@ def _delta(site: Site, plan: DpPlan) -> list[str]:
     size = site.site.declared_size
     warned = warning(plan.delta, plan.unit, size)
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)}."]
+
+
+def _ordered_again(plan: DpPlan, policy: PolicyTable) -> list[str]:
+    """Return a line that states the ε of the study if its coordinator orders each round as often as
+    this site answers; the figures before it are of one answer to each round. Return [] if the sites
+    share noise: `_room_for_attempts` then says it.
+
+    - plan: the site's part of the study
+    - policy: the site's policy, which limits what one study costs"""
+    if plan.sites > 1:
+        return []
+    steps = MOST_ATTEMPTS * plan.rounds * plan.local_steps
+    least = max(at_least(event, plan.delta) for event in plan.events(steps))
+    limit = policy.max_epsilon_per_study
+    most = limit if least >= limit else min(limit, epsilon(plan.events(steps), plan.delta))
+    return [
+        "Both are of one answer to each round. A coordinator may order a round again, after an "
+        "interruption or on another adapter, and each answer is paid: this site answers a round at "
+        f"most {MOST_ATTEMPTS} times, and this study at most up to ε = {rounded_up(most)}."
+    ]
 
 
 def _describe_fallback(budget: Budget) -> list[str]:

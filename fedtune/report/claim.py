@@ -9,6 +9,7 @@ from typing import Any
 from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.core.registry.rounding import number, rounded_up
 
+RELATION = "add or remove one unit"  # what neighbouring data sets differ in
 # Shown wherever two of these three ε appear together.
 THREE_EPSILONS = (
     "ε planned is what all rounds of a plan cost, ε paid what the rounds entered in a site's "

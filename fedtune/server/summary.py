@@ -15,6 +15,7 @@ from fedtune.core.models.rank_slice import rank_slice
 from fedtune.core.progress import stage
 from fedtune.core.strategy import STRATEGIES
 from fedtune.core.wire.arrays import Arrays
+from fedtune.report.claim import RELATION
 from fedtune.report.gain import TRAINED
 from fedtune.server.admission import Roster
 from fedtune.server.parts import Dependencies, Measures
@@ -23,7 +24,6 @@ from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
 from fedtune.strategies._posterior import ClassFigures
 
-RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
 
 

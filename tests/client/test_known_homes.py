@@ -205,9 +205,9 @@ def test_a_vault_that_is_started_again_begins_no_ledger(
     site = load_site(path)
     if how == "in a spool":
         unmount(site.home)
-        with pytest.raises(ConfigError, match="is not there"):
-            with spooled._vault(site, path, Spool.at(world), False, 1):
-                pytest.fail("it was started")
+        vault = spooled._vault(site, path, Spool.at(world), False, 1)
+        with pytest.raises(ConfigError, match="is not there"), vault:
+            pytest.fail("it was started")
     elif how == "for each request":
         unmount(site.home)
         monkeypatch.setattr(spooled, "_run", lambda *_: pytest.fail("the command was run"))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
@@ -26,10 +26,13 @@ import pytest
 from fedtune.core.config import VaultTable, save
 from fedtune.core.config.checked import load_checked
 from fedtune.core.config.state_files import COUNTS
+from fedtune.core.dp.accountant import epsilon
 from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault import kept_plans
 from fedtune.core.vault import worker as site
 from fedtune.core.vault.answers import answer
+from fedtune.core.vault.budget import MOST_ATTEMPTS
 from fedtune.core.vault.policy import refusals
 from fedtune.core.vault.process import HOME
 from fedtune.core.wire.requests import Answer, Request
@@ -583,3 +586,24 @@ def test_a_plan_is_reviewed_by_the_size_at_which_the_site_runs(
     rate = "probability 0.25" if runs else "probability 0.0625"
     assert rate in " ".join(reviewed.output.split()) and rate in listed
     assert ("was changed since this site was started" in reviewed.output) is runs
+
+
+def test_a_review_states_what_a_plan_costs_if_each_round_is_ordered_again(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "self_test", lambda *_: None)
+    asked = a_site(tmp_path, tiny_base, "immediate")
+    asked.edit(policy={"max_epsilon": 600.0, "max_epsilon_per_study": 600.0})
+    rounds, first = asked.made.study.training.rounds or 0, asked.made.adapter
+    plan = tmp_path / "plan.json"
+    plan.write_text(asked.made.study.model_dump_json())
+    said = " ".join(command("review", plan, "--site", asked.path).output.split())
+    for round_ in range(1, rounds + 1):
+        for attempt in range(MOST_ATTEMPTS):
+            start = {name: array + attempt / 100 for name, array in first.items()}
+            asked.made = replace(asked.made, adapter=start)
+            assert asked.train(round_).status == "trained"
+    charges = asked.worker.ledger.charges("records")
+    assert len(charges) == rounds * MOST_ATTEMPTS
+    most = epsilon([charge.event for charge in charges], 1e-4)
+    assert f"this study at most up to ε = {rounded_up(most)}" in said

@@ -224,8 +224,8 @@ class Budget:
     def check_attempts(self, round_: int) -> None:
         """Check that the round `round_` of the plan may be charged once more; this is allowed
         MOST_ATTEMPTS times in all. A round is charged again if it was interrupted, or if the
-        coordinator orders it again on another adapter. Without this limit a plan could cost more
-        than the ε for which a person signed it.
+        coordinator orders it again on another adapter. `fedtune review` states what a plan costs at
+        most with all these attempts.
 
         Errors: BudgetExceeded."""
         paid = sum(charge.round == round_ for charge in self.share._of_plan())
