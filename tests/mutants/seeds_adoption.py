@@ -10,6 +10,7 @@ T_ADOPT = "tests/client/test_adopt.py::"
 T_COLUMNS = "tests/client/test_patient_columns.py::"
 T_WITHDRAW = "tests/client/test_withdraw.py::"
 T_HOMES = "tests/client/test_known_homes.py::"
+T_FILES = "tests/dp/test_restore_files.py::"
 
 MUTANTS = (
     one(
@@ -384,12 +385,96 @@ MUTANTS = (
         "a study that ran twice is paid for once",
     ),
     one(
-        "incidents", "memberships-receipts-are-of-one-branch", "fedtune/core/ledger/files.py",
-        "        return self.coordinator, self.membership\n",
-        "        return self.coordinator, ''\n",
-        "tests/dp/test_restore_prices.py::"
-        "test_what_one_membership_was_sent_says_nothing_of_anothers_branch",
-        "rounds of a folder that was put back are charged in part",
+        "incidents", "a-copys-anchor-and-receipts-are-ignored", "fedtune/core/ledger/restore.py",
+        "    marks += _marks_beside(from_, key.public) if from_ else []\n", "",
+        T_FILES + "test_a_copy_of_the_folder_is_read_with_its_anchor_receipts_and_log",
+        "a round that was answered while the folder was copied is in no total",
+    ),
+    one(
+        "incidents", "a-copys-step-log-is-ignored", "fedtune/core/ledger/restore.py",
+        "for place in (folder, from_) if place]", "for place in (folder,)]",
+        T_FILES + "test_a_copy_of_the_folder_is_read_with_its_anchor_receipts_and_log",
+        "a round that was answered while the folder was copied is in no total",
+    ),
+    one(
+        "incidents", "a-damaged-file-of-receipts-shows-nothing", "fedtune/core/ledger/restore.py",
+        "receipts or readable_receipts(folder / RECEIPT, key.public)", "receipts or ReceiptLog()",
+        T_FILES + "test_receipts_that_can_be_read_in_a_damaged_file_are_charged",
+        "one bit of the file hides all rounds that it alone shows",
+    ),
+    one(
+        "incidents", "lines-after-a-damaged-one-are-lost", "fedtune/core/ledger/restore.py",
+        "Counter(StepLog(path).readable())", "Counter(StepLog(path).readable()[:1])",
+        T_FILES + "test_lines_after_a_damaged_one_are_charged",
+        "rounds that the step log shows are in no total",
+    ),
+    one(
+        "incidents", "a-copied-line-pays-for-another-round", "fedtune/core/ledger/restore.py",
+        "for line in dict.fromkeys(lines):", "for line in lines:",
+        T_FILES + "test_a_line_that_is_there_twice_pays_for_no_other_round",
+        "a costly round that was lost is paid by a cheap one",
+    ),
+    one(
+        "incidents", "the-branch-of-more-entries-is-continued", "fedtune/core/ledger/restore.py",
+        "local.amount >= backup.amount", "local.seq >= backup.seq",
+        T_FILES + "test_which_branch_is_continued_depends_on_charges_alone",
+        "the ε of a dataset tells how many patients withdrew",
+    ),
+    one(
+        "incidents", "marks-are-priced-by-their-numbers", "fedtune/core/ledger/restore.py",
+        "key=lambda mark: mark.paid or Paid()", "key=lambda mark: mark.head.seq",
+        T_FILES + "test_marks_are_priced_in_an_order_that_tells_of_no_person",
+        "ε after a restore tells how many patients withdrew",
+    ),
+    one(
+        "incidents", "a-charged-branch-hides-later-receipts", "fedtune/core/ledger/files.py",
+        "old.holder == new.holder and in_chain(old.head)", "old.holder == new.holder",
+        T_FILES + "test_a_receipt_of_a_branch_that_was_charged_for_hides_no_later_one",
+        "rounds after a restore are shown by no receipt that the site stores",
+    ),
+    one(
+        "incidents", "steps-priced-by-bounds-are-of-one-kind", "fedtune/core/dp/filter.py",
+        "if kinds_known and len(", "if len(",
+        T_FILES + "test_what_is_priced_by_bounds_is_of_no_known_kind",
+        "the stated ε falls with a loss",
+    ),
+    one(
+        "incidents", "an-adopted-bound-did-not-sample", "fedtune/core/ledger/entries.py",
+        " or not are_kinds_known(charges)", "",
+        T_FILES + "test_a_charge_by_bounds_may_have_sampled_first_also_where_it_was_adopted",
+        "the filter takes a δ that the first step may have spent",
+    ),
+    one(
+        "incidents", "a-running-client-forgets-what-was-lost", "fedtune/homes/known_homes.py",
+        " and looks_up(home, noted) is True", "",
+        T_HOMES + "test_a_client_that_runs_on_keeps_the_note_of_what_was_lost",
+        "a folder that is put back under a running client is noticed by nobody",
+    ),
+    one(
+        "incidents", "an-entry-is-there-by-its-number", "fedtune/homes/known_homes.py",
+        "new.seq < noted.head.seq or looks_up(home, noted) is False", "new.seq < noted.head.seq",
+        T_HOMES + "test_a_client_that_runs_on_keeps_the_note_of_what_was_lost",
+        "a folder that was put back, and went on, is noticed by no request",
+    ),
+    one(
+        "incidents", "an-adoption-is-not-noted", "fedtune/homes/known_homes.py",
+        "    note_head(home)  # a home that is put back to before the adoption is noticed\n", "",
+        T_HOMES + "test_a_home_that_is_put_back_to_before_an_adoption_is_noticed",
+        "the other memberships go on without the adopted charges",
+    ),
+    one(
+        "incidents", "a-spooled-vault-notes-its-start-alone", "fedtune/launch/spooled.py",
+        "if self.home and time.monotonic() - noted > NOTED_EACH:", "if False:",
+        "tests/isolation/test_spooled.py"
+        "::test_the_newest_entry_is_noted_while_a_spooled_vault_answers",
+        "a folder that is put back to any moment of the run is noticed by nobody",
+    ),
+    one(
+        "incidents", "a-review-counts-each-round-once", "fedtune/officer/review.py",
+        "        *_ordered_again(plan, policy),\n", "",
+        "tests/isolation/test_spooled.py"
+        "::test_a_review_states_what_a_plan_costs_if_each_round_is_ordered_again",
+        "a person signs for less than a coordinator can have the site pay",
     ),
     one(
         "incidents", "a-statement-names-the-newest-charge-alone", "fedtune/core/ledger/chain.py",

@@ -154,6 +154,19 @@ MUTANTS = (
         "a student is shown as a run without a teacher, at its own ε",
     ),
     _one(
+        "evidence", "others-compose-what-the-report-says", FIGURES,
+        '        _composed_steps(path, name, report["privacy"]["sites"][name], site)\n', "",
+        ATTACKS + "test_what_others_compose_epsilon_from_follows_from_the_logs",
+        "a merge of two verified runs states a fraction of the ε that was spent",
+    ),
+    _one(
+        "evidence", "the-rate-is-a-coordinators-word", FIGURES,
+        """        _agree(path, f"{name}'s q", site.get("sampling_rate"), max(e["q"] for e in log))\n""",
+        "",
+        ATTACKS + "test_what_others_compose_epsilon_from_follows_from_the_logs",
+        "a merge of two verified runs states a fraction of the ε that was spent",
+    ),
+    _one(
         "evidence", "private-queries-cost-nothing", FIGURES,
         '    claim["with_queries"] = queried\n', "",
         ATTACKS + "test_a_run_whose_sites_answered_a_private_evaluation",

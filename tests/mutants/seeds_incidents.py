@@ -177,19 +177,13 @@ MUTANTS = (
     one(
         "incidents", "a-plan-of-a-lost-row-is-new", "fedtune/core/ledger/restore.py",
         "            found |= _plans_in(", "            _plans_in(",
-        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[charge]",
+        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[signature]",
         "a plan of which only the damaged database has rows begins anew, with too few steps stated",
-    ),
-    one(
-        "incidents", "a-plan-of-the-step-log-is-new", "fedtune/core/ledger/restore.py",
-        "        found = {(step.study,", "        _ = {(step.study,",
-        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[restore]",
-        "a plan of which the step log has one round of many goes on past its own limit",
     ),
     one(
         "incidents", "a-restore-names-plans-in-vain", "fedtune/core/ledger/account.py",
         "for plan, _ in self.admitted), *named}", "for plan, _ in self.admitted)}",
-        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[charge]",
+        T_LOGGED + "test_a_plan_that_a_restore_reads_of_is_no_new_one[signature]",
         "a restore names the plans that lost rounds may be of, and they begin anew",
     ),
     one(
