@@ -42,7 +42,7 @@ PURGE_MUTANTS = (
 DECIDING_MUTANTS = (
     _one(
         "withdrawal", "a-mistyped-key-is-a-withdrawal", WITHDRAW,
-        "if not (datasets or found or unseen):\n", "if not (datasets or found >= 0):\n",
+        "bool(found or unseen or is_again", "bool(found >= 0 or unseen or is_again",
         T_CLI + "test_withdraw_of_a_key_that_nothing_here_has_is_an_error",
         "the patient stays in, and the person at the site believes otherwise",
     ),
