@@ -23,6 +23,7 @@ from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.registry import process_cache
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import is_exported
 from fedtune.derive import lineage
 from fedtune.derive.distill import distill
@@ -234,6 +235,29 @@ def test_a_run_without_privacy_neither_writes_nor_judges(tmp_path: Path, tiny_ba
     for use in (load_generator, load_judge):
         with pytest.raises(Refused, match='privacy = "off"'):
             use(str(tmp_path / "run"))
+
+
+def test_what_the_runs_cost_that_wrote_and_judged_is_stated(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Twin: a base costs nothing."""
+    study = lay_out(tmp_path, tiny_base, "{ epsilon = 2.0, delta = 1e-3, unit = 'patient' }")
+    simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
+    path = jsonl(tmp_path / "records.jsonl", ROWS[:2])
+    by = "--column", "prompt=q", "--new-tokens", "4"
+    spent = Run(tmp_path / "run").report["privacy"]["epsilon"]
+    for number, (source, roles) in enumerate(
+        (((tmp_path / "run"), ("generator", "judge")), (tiny_base, ()))
+    ):
+        out = tmp_path / f"made-{number}.jsonl"
+        made = run("label", path, "--out", out, "--generator", source, *by)
+        about = json.loads((tmp_path / f"{out.name}.about.json").read_text())
+        costs = about.get("costs", {})
+        stated = {role: cost["epsilon"] for role, cost in costs.items()}
+        assert stated == dict.fromkeys(roles, spent)
+        for role in ("generator", "judge"):
+            words = f"the {role} is the run small, which cost ε = {rounded_up(spent)}"
+            assert (words in made.output) is (role in roles), made.output
 
 
 def test_a_merged_run_with_a_parent_without_privacy_neither_writes_nor_judges(

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedtune.cli.columns import COLUMNS, SEEDS, named_columns, public_prompts
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.derive.settings import RUBRIC, LabelSettings, RlooSettings
 
 LABEL_SOURCE = Annotated[
@@ -133,9 +134,10 @@ def label(
 
     A generator writes two answers to each record's prompt, and a judge, asked in both orders, says
     which is better. No text leaves the site. No model sees another record beside the one that is
-    labelled, so a patient's preferences depend on that patient alone: name the same patient column
-    in the DPO study. Withdrawn patients are left out. A run that was trained without privacy is
-    refused."""
+    labelled, so a patient's preferences depend on that patient and the models alone: name the same
+    patient column in the DPO study. Withdrawn patients are left out. A run as generator or judge
+    depends on its own patients: its ε is stated, and adds up with the study's. A run that was
+    trained without privacy is refused."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.derive.label import label as make
@@ -163,6 +165,13 @@ def label(
         f"wrote {about['preferences']} preferences to {out}"
         + (f"; left out: {left_out}" if left_out else "")
     )
+    for role, cost in about.get("costs", {}).items():
+        typer.echo(
+            f"the {role} is the run {cost['name']}, which cost ε = {rounded_up(cost['epsilon'])} "
+            f"at δ = {cost['delta']:g} for one {cost['unit']}. Its patients' records are in these "
+            "preferences, too: whoever took part in both pays for both. The report of the study "
+            "that learns from them does not count it"
+        )
     patient = ', patient = "patient"' if about["unit"] == "patient" else ""
     typer.echo(
         "next   a study of objective dpo; in site.toml\n"

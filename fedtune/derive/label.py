@@ -11,6 +11,7 @@ from fedtune.core.config import DataFile, Site
 from fedtune.core.data.records import unit_member
 from fedtune.core.ledger.adopted import check_has_adopted
 from fedtune.core.ledger.patient_column import check_column_stays
+from fedtune.core.models.loaded import LoadedModel
 from fedtune.core.progress import OnEvent, told
 from fedtune.derive.preferences import (
     Judge,
@@ -65,9 +66,21 @@ def label(
             labelling_judge = load_judge(judges, judge_digest, rubric)
         how = settings or LabelSettings()
         how = replace(how, template=how.template or prompt_template(writer))
+        trained = {"generator": (writer, writes)}
+        if isinstance(model := getattr(labelling_judge, "model", None), LoadedModel):
+            trained["judge"] = (model, judges)
+        costs = {role: _cost(source) for role, (each, source) in trained.items() if each.study}
         return write_preferences(
-            file, Path(out), writer, labelling_judge, how, exclude_unit=exclude_unit
+            file, Path(out), writer, labelling_judge, how, exclude_unit=exclude_unit, costs=costs
         )
+
+
+def _cost(run: str) -> dict[str, Any]:
+    """Return what the training of a run cost, as its report states it: its "name", and "epsilon",
+    "delta" and "unit" of the costliest site. run: its folder."""
+    report = Run(run).report
+    cost = {key: report["privacy"].get(key) for key in ("epsilon", "delta", "unit")}
+    return {"name": report.get("study"), **cost}
 
 
 def _source(model: str | Run) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,6 +162,7 @@ def write_preferences(
     settings: LabelSettings,
     *,
     exclude_unit: Callable[[str], bool] = lambda unit: False,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Have a model write two answers to each record's prompt and a judge choose the better one.
     Write to `out` one line for each record: {"prompt", "chosen", "rejected"} and, if the file names
@@ -176,6 +177,8 @@ def write_preferences(
       a template of None means that nothing is put around it
     - exclude_unit: is called with the key of each record's unit (the patient's, or the record's own
       if the file names no patients); returns whether to leave the record out, as after a withdrawal
+    - costs: what the training of writer and judge cost, for those that are runs, by "generator" and
+      "judge"; about.json then has it as "costs"
 
     Only this user can read both files, which are written at the end. Returns the content of
     about.json. Errors: ConfigError, InputError, DataError."""
@@ -222,6 +225,7 @@ def write_preferences(
         "judged_by": "score" if isinstance(judge, RewardJudge) else "verdict, both orders",
         "rubric": hashlib.sha256(getattr(judge, "rubric", "").encode()).hexdigest(),
         "settings": vars(settings),
+        **({"costs": dict(costs)} if costs else {}),
     }
     replace(out, "".join(line + "\n" for line in lines).encode(), private=True)
     text = json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False)

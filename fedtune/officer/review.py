@@ -44,7 +44,6 @@ from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import MOST_ATTEMPTS, Budget, check_known
-from fedtune.core.vault.declared import with_new_policy
 from fedtune.core.vault.logged_steps import check_none_lost
 from fedtune.core.vault.policy import (
     compute_within_limits,
@@ -100,6 +99,8 @@ def load_running(site_file: Path) -> tuple[Site, bool]:
     kept = checked_file(site)
     if not (held(site.site.state / LOCK) and kept.is_file()):
         return site, False
+    from fedtune.core.vault.declared import with_new_policy  # imports what reads records
+
     running = with_new_policy(site, load_checked(kept, site_file))
     changed = any(getattr(running, name) != table for name, table in site if name != "policy")
     return running, changed

@@ -161,8 +161,8 @@ MUTANTS = (
     ),
     _one(
         "evidence", "the-rate-is-a-coordinators-word", FIGURES,
-        """        _agree(path, f"{name}'s q", site.get("sampling_rate"), max(e["q"] for e in log))\n""",
-        "",
+        """f"{name}'s q", site.get("sampling_rate"), max(e["q"] for e in log))""",
+        """f"{name}'s q", max(e["q"] for e in log), max(e["q"] for e in log))""",
         ATTACKS + "test_what_others_compose_epsilon_from_follows_from_the_logs",
         "a merge of two verified runs states a fraction of the ε that was spent",
     ),

@@ -50,8 +50,8 @@ FURTHER = 12  # and how many older ones, each at twice the distance of the one b
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
-    "otherwise `--restore` alone, which charges what cannot be read of the ledger as spent, perhaps "
-    "all that is left of the budget"
+    "otherwise `--restore` alone, which charges what cannot be read of the ledger as spent, "
+    "perhaps all that is left of the budget"
 )
 
 
