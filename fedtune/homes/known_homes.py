@@ -41,7 +41,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.adopted import ADOPTED
-from fedtune.core.ledger.chain import looks_up
+from fedtune.core.ledger.chain import does_account_for
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -137,7 +137,7 @@ def _is_newer(home: Path) -> bool:
     new, noted = _read_heads(home)
     if new is None or noted is None:
         return noted is None
-    return new.seq > noted.head.seq and looks_up(home, noted) is True
+    return new.seq > noted.head.seq and does_account_for(home, noted) is True
 
 
 def _account(note: Note) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def check_not_put_back(home: Path) -> None:
     new, noted = _read_heads(home)
     if new is None or noted is None:
         return
-    if new.seq < noted.head.seq or looks_up(home, noted) is False:
+    if new.seq < noted.head.seq or does_account_for(home, noted) is False:
         raise LedgerError(
             f"{home}: the ledger was put back to an earlier copy of itself: its newest entry is "
             f"{new.seq}, and this machine noted entry {noted.head.seq}, which it lacks",

@@ -13,9 +13,11 @@ import pytest
 
 from fedtune.core.config import PolicyTable
 from fedtune.core.dp.filter import best_order
+from fedtune.core.dp.steplog import StepLog
 from fedtune.core.ledger.entries import EVERY, LOST, are_kinds_known, samples_first
 from fedtune.core.ledger.files import read_receipts, readable_receipts
 from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.restore import _readable_lines
 from fedtune.core.ledger.spending import budget
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
@@ -101,6 +103,23 @@ def test_lines_after_a_damaged_one_are_charged(folder: Path, tmp_path: Path) -> 
     first, second, *later = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([first, second.replace(b"noise", b"n\x00\xffse"), *later]))
     assert total(Ledger.restore(folder)) == {1.0: 4, 0.5: 8}
+
+
+def test_a_copy_of_an_adopted_log_is_charged_once(folder: Path, tmp_path: Path) -> None:
+    """The home's log names the membership on each line, and the site's own, in the copy, does not.
+    Twin: two memberships of the home have like lines."""
+    ledger = begin(folder)
+    ledger.backup(tmp_path / "copy")
+    run_round(ledger, 2)
+    shutil.copy(folder / "steps.jsonl", tmp_path / "copy" / "steps.jsonl")
+    (folder / "steps.jsonl").unlink()
+    StepLog(folder / "steps.jsonl", "onco").join(tmp_path / "copy" / "steps.jsonl")
+    logs = [folder / "steps.jsonl", tmp_path / "copy" / "steps.jsonl"]
+    assert [line.step.membership for line in _readable_lines(logs)] == ["onco", "onco"]
+    StepLog(folder / "steps.jsonl", "cardio").join(tmp_path / "copy" / "steps.jsonl")
+    assert len(_readable_lines(logs)) == 4
+    (folder / "ledger.db").unlink()
+    assert covers(total(Ledger.restore(folder, tmp_path / "copy")), {1.0: 8})
 
 
 def test_a_line_that_is_there_twice_pays_for_no_other_round(folder: Path, tmp_path: Path) -> None:

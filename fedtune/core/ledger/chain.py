@@ -481,7 +481,7 @@ class Database:
         return receipts
 
 
-def looks_up(folder: Path, mark: Mark) -> bool | None:
+def does_account_for(folder: Path, mark: Mark) -> bool | None:
     """Return whether the ledger in `folder` accounts for a mark's entry (`Database.accounts_for`).
     The chain is not verified. None if the database is missing, locked or damaged."""
     path = folder / DATABASE

@@ -846,11 +846,19 @@ def _bound(costliest: Costliest, steps: int) -> Charge:
 
 def _readable_lines(logs: list[Path]) -> list[Attempt]:
     """Return what each line of several step logs states. A line that several of them have counts
-    once. Lines that cannot be read are left out."""
-    found = Counter[Attempt]()
+    once, also if only one of them names its membership, as the log of a home does that adopted a
+    site. Lines that cannot be read are left out."""
+    found, seen = list[Attempt](), Counter[Attempt]()
     for path in logs:
-        found |= Counter(StepLog(path).readable())
-    return list(found.elements())
+        here = Counter[Attempt]()
+        for line in StepLog(path).readable():
+            step = dataclasses.replace(line.step, membership="")
+            same = dataclasses.replace(line, step=step)
+            here[same] += 1
+            if here[same] > seen[same]:
+                found.append(line)
+        seen |= here
+    return found
 
 
 def _charges_of_lines(lines: list[Attempt], base: _Base) -> tuple[dict[str, Charge], list[Charge]]:
