@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace
+from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -286,6 +287,7 @@ class Database:
         self._head: Head | None = None
         self._paid, self._costliest = Paid(), Costliest()  # of all entries up to `_head`
         self._charging: list[Head] = []  # those of these entries that charge
+        self._order: float | None = None  # the Rényi order of the first charge
         self.settled: set[Head] = set()  # lost entries that a restore charged for
         with named(folder):
             prepare(folder)
@@ -362,6 +364,8 @@ class Database:
                 self._fold(entry)
                 paid = self._paid.plus(count_paid(entry.kind, entry.body))
                 costliest = self._costliest.plus(find_costliest(entry.kind, entry.body))
+                charged = _charges_in(entry.kind, entry.body)
+                orders = [float(charge.get("order", Charge.order)) for charge in charged]
             except (TypeError, KeyError) as error:
                 raise LedgerError(
                     f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",
@@ -370,6 +374,8 @@ class Database:
             self._head, self._paid, self._costliest = head, paid, costliest
             if entry.kind in CHARGING:
                 self._charging.append(head)
+            if self._order is None and orders:
+                self._order = orders[0]
         if last is None:
             raise _build_damaged_error(self.path, "entries were taken out")
         check_signature(self.path, self.key.public, *last)
@@ -406,7 +412,7 @@ class Database:
         self._write_anchor(read_named(path, self.key.public))
 
     def _write_anchor(self, named: Named) -> None:
-        anchor = encode_anchor(self.key, self.statement(), named)
+        anchor = encode_anchor(self.key, self.statement(), named._replace(order=self._order))
         replace(self.folder / HEAD, anchor, private=True)
 
     def note_sent(self, coordinator: str, membership: str) -> None:

@@ -203,9 +203,12 @@ class Named(NamedTuple):
 
     sent: the newest heads that each coordinator was sent, by membership, at most SENT of each
     and SENT_IN_ALL together; oldest first. A receipt for a head that was dropped stops the site
-    after a restore, which charges for it once more."""
+    after a restore, which charges for it once more.
+    order: the Rényi order of the ledger's first charge; None if nothing was charged, or an older
+    release wrote the anchor. A restore that has no charge left takes it for those that it enters"""
 
     sent: tuple[Sent, ...] = ()
+    order: float | None = None
 
     def with_sent(self, new: Sent) -> Named:
         """Return these entries with a head added that a coordinator is sent."""
@@ -221,7 +224,8 @@ def encode_anchor(key: SigningKey, statement: Mapping[str, Any], named: Named) -
     - key: the ledger's signing key
     - statement: the signed statement of the ledger's newest entry (`state`)
     - named: the earlier entries that it names"""
-    listed = {"sent": list(map(list, named.sent))}
+    listed: dict[str, Any] = {"sent": list(map(list, named.sent))}
+    listed |= {} if named.order is None else {"order": named.order}
     signature = key.sign(_signed_names(statement["hash"], listed))
     return canonical({**statement, "named": listed, "named_signature": signature})
 
@@ -383,7 +387,9 @@ def read_named(path: Path, public: str) -> Named:
         listed = content["named"]
         if not verifies(public, _signed_names(content["hash"], listed), content["named_signature"]):
             return Named()
-        return Named(tuple(Sent(*each) for each in listed["sent"]))
+        order = listed.get("order")
+        sent = tuple(Sent(*each) for each in listed["sent"])
+        return Named(sent, None if order is None else float(order))
     except (ValueError, TypeError, KeyError, RecursionError):
         return Named()
 

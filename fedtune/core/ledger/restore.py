@@ -380,7 +380,7 @@ def _restore(
     logs = [place / STEPS for place in (folder, from_) if place]
     entry_body = _restore_body(
         *(folder, logs, base, marks, [each.head for each in named.sent], anchor, receipts),
-        *(rows, key.public),
+        *(rows, key.public, named.order),
     )
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
@@ -423,6 +423,8 @@ def _restore(
         costliest = costliest.plus(find_costliest(entry.kind, entry.body))
         charging += [Head(entry.seq, entry.hash)] if entry.kind in CHARGING else []
     newest = Mark(writer.head, paid, costliest, choose_charged(charging))
+    first = base.charges or [Charge.read(charge) for charge in entry_body["charges"]]
+    named = named._replace(order=first[0].order if first else None)
     new_anchor = encode_anchor(key, state(key, newest), named)
     _install(folder, draft, base.salt, new_anchor, receipts)
 
@@ -728,6 +730,7 @@ def _restore_body(
     receipts: ReceiptLog | None,
     rows: list[tuple[Any, ...]],
     public: str,
+    first_order: float | None,
 ) -> dict[str, Any]:
     """Return the body of the restore entry: which entries are lost, and the charges for them.
 
@@ -741,6 +744,8 @@ def _restore_body(
     - receipts: the receipts in `folder`; None if they cannot be read
     - rows: the rows of the old database that can be read, as `_readable_rows` returns them
     - public: the public half (hexadecimal) of the site's key
+    - first_order: the Rényi order of the ledger's first charge, as the anchor states it; None if it
+      does not
 
     In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
@@ -765,7 +770,7 @@ def _restore_body(
     covered = base.covered
     entered_here = _entered(base, logged, lines)
     lost = [EXHAUSTED] if anchor is None else _price(marks, covered, entered_here)
-    order = base.charges[0].order if base.charges else EXHAUSTED.order
+    order = base.charges[0].order if base.charges else first_order or EXHAUSTED.order
     lost = [*logged.values(), *unnamed, *lost]
     lost = [dataclasses.replace(charge, order=order) for charge in lost]
     charges = [*base.charges_beside, *lost]
