@@ -433,6 +433,12 @@ MUTANTS = (
         "the stated ε falls with a loss",
     ),
     one(
+        "incidents", "a-restore-forgets-the-order", "fedtune/core/ledger/restore.py",
+        "else first_order or EXHAUSTED.order", "else EXHAUSTED.order",
+        T_FILES + "test_what_is_priced_by_bounds_is_of_no_known_kind",
+        "a ledger that lost its database alone has no budget left",
+    ),
+    one(
         "incidents", "an-adopted-bound-did-not-sample", "fedtune/core/ledger/entries.py",
         " or not are_kinds_known(charges)", "",
         T_FILES + "test_a_charge_by_bounds_may_have_sampled_first_also_where_it_was_adopted",
