@@ -314,6 +314,8 @@ def test_a_restore_that_is_interrupted_and_begun_again_charges_no_less(
                 break
         again = Ledger.restore(struck, tmp_path / "backup")
         assert covers(total(again), expected), at
+        # Nor does it exhaust a budget: it is begun again with the old anchor, or with the new one.
+        assert (math.inf in total(again).values()) is (math.inf in expected.values()), at
         again.verify()
     assert 3 <= at < 19
 

@@ -135,7 +135,8 @@ MUTANTS = (
         "os.replace(folder / name, folder / f\"{name}{aside}\")",
         "tests/dp/test_ledger_restore.py::"
         "test_a_restore_that_is_interrupted_and_begun_again_charges_no_less",
-        "a restore that was killed and is begun again no longer knows how much was lost",
+        "a restore that was killed and is begun again no longer knows how much was lost, and "
+        "exhausts the budget",
     ),
     one(
         24, "a-round-without-noise-is-in-the-ledger-alone", "fedtune/core/vault/worker.py",
