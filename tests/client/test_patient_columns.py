@@ -97,7 +97,7 @@ def refusal(worker: SiteWorker) -> str:
     """Return why the site refuses; "" if it does not."""
     try:
         declare(worker)
-    except BudgetExceeded as refused:
+    except (BudgetExceeded, PolicyRefused) as refused:
         return str(refused)
     return ""
 
@@ -180,14 +180,18 @@ def test_a_coordinator_learns_no_name_of_a_dataset_and_a_person_at_the_site_does
     assert "--accept renal-2019" in str(refused)
 
 
-def test_a_running_site_goes_on_by_the_column_that_it_reads(tmp_path: Path) -> None:
-    """Another column in its file counts when the site is started again, as for what it reads."""
+def test_a_running_site_reads_by_one_column_alone(tmp_path: Path) -> None:
+    """Another column in its file counts when the site is started again, as for what it reads. Until
+    then it is refused, since whoever withdraws does so by the column in the file."""
     worker = start(tmp_path, "visit")
     pay(worker)
     write_site(tmp_path, "pid")
-    pay(worker, "second")
+    assert "columns.patient was changed while this site takes part" in refusal(worker)
     again = SiteWorker(load_site(tmp_path / "site.toml"), tmp_path / "site.toml")
-    assert len(again.ledger.spending("records")) == 2 and refusal(again)
+    assert len(again.ledger.spending("records")) == 1
+    assert "cost of earlier rounds" in refusal(again)
+    write_site(tmp_path, "visit")
+    assert refusal(worker) == ""
 
 
 def test_an_acceptance_holds_for_the_column_that_the_person_saw(tmp_path: Path) -> None:
@@ -402,7 +406,7 @@ def test_a_correction_in_a_home_holds_for_every_membership_at_once(
     for file in (tmp_path / "hospital.toml", *files.values()):
         edit(file, 'patient = "who"', 'patient = "person"')
     other = SiteWorker(load_site(files["onco"]), files["onco"])
-    assert "cost of earlier rounds" in refusal(running)
+    assert "was changed while this site takes part" in refusal(running)
     told = refusal(other)
     assert "they were charged for another unit, or by an earlier release" in told
     assert "who" not in told.split() and "person at the site" in told

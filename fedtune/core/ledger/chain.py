@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -365,7 +364,7 @@ class Database:
                 paid = self._paid.plus(count_paid(entry.kind, entry.body))
                 costliest = self._costliest.plus(find_costliest(entry.kind, entry.body))
                 charged = _charges_in(entry.kind, entry.body)
-                orders = [float(charge.get("order", Charge.order)) for charge in charged]
+                orders = [float(charge["order"]) for charge in charged if "order" in charge]
             except (TypeError, KeyError) as error:
                 raise LedgerError(
                     f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",

@@ -16,6 +16,7 @@ PHRASES = (
     "charged as private",
     "were declared public or",
     "what it declares of its data", "has no such declaration", "data.declared was changed",
+    "columns.patient was changed",
     "has frozen its ledger", "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rounds",
