@@ -208,8 +208,9 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
             why = STATED if disjoint else SAME if other in parents else APART
             if why == APART and (unknown := _may_be_same(hospital, hospitals, other)):
                 why = UNKNOWN
-                events += _worst([_own_cost(sites, delta)[0] for sites in unknown], delta)
-                alone += _worst([_own_cost(sites, delta)[1] for sites in unknown], delta)
+                costs = [_own_cost(entries_there, delta) for entries_there in unknown]
+                events += _worst([cost for cost, _ in costs], delta)
+                alone += _worst([cost for _, cost in costs], delta)
             decided |= {(min(n, other), max(n, other), why) for n in parents - {other}}
         composed = common | {
             "epsilon": cross_check(events, delta),

@@ -330,7 +330,7 @@ def privacy(
         _agree(path, f"{name}'s q", site.get("sampling_rate"), max(e["q"] for e in log))
         norm = max(e["max_grad_norm"] for e in log)
         _agree(path, f"{name}'s max_grad_norm", site.get("max_grad_norm"), norm)
-        _composed_steps(path, name, report["privacy"]["sites"][name], site)
+        _check_composed_steps(path, name, report["privacy"]["sites"][name], site)
         _fallback(path, name, site.get("secure_aggregation"), study, privacy, log)
         _require_equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
         shown[name] |= {"epsilon": value, "steps": steps}
@@ -353,7 +353,7 @@ def privacy(
     return claim | {"sites": shown, "capped": capped}
 
 
-def _composed_steps(
+def _check_composed_steps(
     path: Path, name: str, stated: Mapping[str, Any], own: Mapping[str, Any]
 ) -> None:
     """Check the steps from which a derived model's ε is composed: those in a site's entry of the

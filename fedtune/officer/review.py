@@ -615,7 +615,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",
-        *_ordered_again(plan, policy),
+        *_state_cost_of_repeats(plan, policy),
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
@@ -680,7 +680,7 @@ def _delta(site: Site, plan: DpPlan) -> list[str]:
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)}."]
 
 
-def _ordered_again(plan: DpPlan, policy: PolicyTable) -> list[str]:
+def _state_cost_of_repeats(plan: DpPlan, policy: PolicyTable) -> list[str]:
     """Return a line that states the ε of the study if its coordinator orders each round as often as
     this site answers; the figures before it are of one answer to each round. Return [] if the sites
     share noise: `_room_for_attempts` then says it.

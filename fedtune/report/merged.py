@@ -53,11 +53,11 @@ def _budget(privacy: dict[str, Any]) -> list[str]:
         "### How the budgets were composed\n\nNoised answers about held-out records are no "
         "part of an adapter: their ε stands in the parents' own reports.",
         table(["parents", "what is known of their data"], rows, numbers=False),
-        *_renamed(privacy.get("sites") or {}),
+        *_name_hospitals(privacy.get("sites") or {}),
     ]
 
 
-def _renamed(sites: dict[str, dict[str, Any]]) -> list[str]:
+def _name_hospitals(sites: dict[str, dict[str, Any]]) -> list[str]:
     """Say which of the sites' names are of one hospital. sites: the report's entries, by name."""
     known = {tuple((site.get("known_as") or {}).get("names") or []) for site in sites.values()}
     return [

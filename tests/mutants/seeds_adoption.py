@@ -398,7 +398,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "lines-after-a-damaged-one-are-lost", "fedtune/core/ledger/restore.py",
-        "in StepLog(path).readable():", "in StepLog(path).readable()[:1]:",
+        "in StepLog(path).list_readable():", "in StepLog(path).list_readable()[:1]:",
         T_FILES + "test_lines_after_a_damaged_one_are_charged",
         "rounds that the step log shows are in no total",
     ),
@@ -472,7 +472,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-review-counts-each-round-once", "fedtune/officer/review.py",
-        "        *_ordered_again(plan, policy),\n", "",
+        "        *_state_cost_of_repeats(plan, policy),\n", "",
         "tests/isolation/test_spooled.py"
         "::test_a_review_states_what_a_plan_costs_if_each_round_is_ordered_again",
         "a person signs for less than a coordinator can have the site pay",

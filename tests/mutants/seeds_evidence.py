@@ -155,7 +155,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "others-compose-what-the-report-says", FIGURES,
-        '        _composed_steps(path, name, report["privacy"]["sites"][name], site)\n', "",
+        '        _check_composed_steps(path, name, report["privacy"]["sites"][name], site)\n', "",
         ATTACKS + "test_what_others_compose_epsilon_from_follows_from_the_logs",
         "a merge of two verified runs states a fraction of the ε that was spent",
     ),

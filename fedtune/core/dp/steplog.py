@@ -153,7 +153,7 @@ class StepLog:
             if memberships is None or attempt.step.membership in memberships:
                 yield attempt
 
-    def readable(self) -> list[Attempt]:
+    def list_readable(self) -> list[Attempt]:
         """Return what each line of the log states that can be read, in order, also after a line
         that cannot. This is for a restore, which charges for what is left of a damaged log."""
         content = self.path.read_bytes() if self.path.exists() else b""

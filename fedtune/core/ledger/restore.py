@@ -377,10 +377,17 @@ def _restore(
         sources.append(base.beside.path)
     base = dataclasses.replace(base, rows_beside=_rows_beside(base, rows, key.public))
     stands = _add_readable(stands, rows, key.public, base)
-    logs = [place / STEPS for place in (folder, from_) if place]
     entry_body = _restore_body(
-        *(folder, logs, base, marks, [each.head for each in named.sent], anchor, receipts),
-        *(rows, key.public, named.order),
+        folder=folder,
+        logs=[place / STEPS for place in (folder, from_) if place],
+        base=base,
+        marks=marks,
+        sent=[each.head for each in named.sent],
+        anchor=anchor,
+        receipts=receipts,
+        rows=rows,
+        public=key.public,
+        first_order=named.order,
     )
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
@@ -721,6 +728,7 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 
 
 def _restore_body(
+    *,
     folder: Path,
     logs: list[Path],
     base: _Base,
@@ -856,7 +864,7 @@ def _readable_lines(logs: list[Path]) -> list[Attempt]:
     found, seen = list[Attempt](), Counter[Attempt]()
     for path in logs:
         here = Counter[Attempt]()
-        for line in StepLog(path).readable():
+        for line in StepLog(path).list_readable():
             step = dataclasses.replace(line.step, membership="")
             same = dataclasses.replace(line, step=step)
             here[same] += 1
