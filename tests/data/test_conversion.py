@@ -269,13 +269,11 @@ def serve(control, work, settings):
 child_process.serve = serve
 """
 IN_PARTS = """
-import os
 def read_parts(reading):
-    header = os.read(reading, 8)
-    if not header:
-        return None
-    content = bytearray(int.from_bytes(header, "big"))
     with open(reading, "rb", closefd=False) as pipe:
+        if not (header := pipe.read(8)):  # which may come in two parts, too
+            return None
+        content = bytearray(int.from_bytes(header, "big"))
         pipe.readinto(content)
     return bytes(content)
 child_process._read = read_parts
