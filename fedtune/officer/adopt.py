@@ -542,7 +542,9 @@ def _adopt_later(
     by_member = {unit_member(key): gone for key, gone in keys.items()}
     _copy_stored(old, name, book)
     refused = [slot_of(slot, name) for slot in old.refused]
-    entered = book.enter_earlier(name, earlier, by_member, refused, login(), old.ended)
+    entered = book.enter_earlier(
+        name, earlier, by_member, refused, login(), old.ended, old.charged_entries
+    )
     StepLog(home / STEPS, name).join(state / STEPS)  # not of an adoption that was refused
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
     acts = AuditLog(home, book.key)

@@ -43,6 +43,8 @@ class Closed:
       [] if they are not known
     - refused: (study, round, adapter) of each answer that a person refused for good
     - ended: the digest of each plan that gets no further answer (`Ledger.ended_plans`)
+    - charged_entries: the hash of each entry that is charged by itself -> how many steps
+      (`Ledger.charged_entries`)
     - stored: (study, round, adapter) of each update that was released, and may be sent again
     - known: number and hash of each entry that it accounts for, by which receipts for it are
       recognised later
@@ -54,6 +56,7 @@ class Closed:
         self.known = ledger._store.list_known(reader.sql)
         self.settled = ledger._store.settled
         self.refused, self.ended = frozenset(self._account.refused), frozenset(self._account.ended)
+        self.charged_entries = dict(self._account.charged_entries)
         self.patient_columns = self._account.list_columns()
         self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
         charges = self._account.spent()

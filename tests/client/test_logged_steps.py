@@ -449,3 +449,55 @@ def test_the_doctor_says_which_steps_are_missing(tmp_path: Path) -> None:
     running = json.dumps({"plan": paid.study, "study": paid.name})
     (state / "studies" / "1.json").write_text(running)
     assert f"{LOG_LACKS} 0, 1 of" in " ".join(run("doctor", file).output.split())
+
+
+@pytest.mark.parametrize("is_log_put_back", [False, True])
+def test_a_log_that_is_newer_than_the_ledger_stops_the_site(
+    tmp_path: Path, is_log_put_back: bool
+) -> None:
+    """Its database and anchor were put back; in a container without a home folder nothing else
+    tells it. Twin: with a log of the same moment the site goes on, which the guarantee says."""
+    state, plan = tmp_path / "state", CHARGE.study
+    Ledger(state).declare("notes", ())
+    pay(state, CHARGE)
+    names = ["ledger.db", "ledger.head", *(["steps.jsonl"] if is_log_put_back else [])]
+    (tmp_path / "copy").mkdir()
+    for name in names:
+        shutil.copy(state / name, tmp_path / "copy")
+    pay(state, replace(CHARGE, round=2))
+    for name in names:
+        shutil.copy(tmp_path / "copy" / name, state)
+    log = StepLog(state / "steps.jsonl")
+    if is_log_put_back:
+        with raises_nothing():
+            check_all_logged(Ledger(state), log, plan, [""])
+        return
+    with raises_only(LedgerError, match="names charges that the ledger beside it lacks"):
+        check_all_logged(Ledger(state), log, plan, [""])
+    restored = Ledger.restore(state)
+    assert [charge.steps for charge in restored.charges("notes")] == [CHARGE.steps] * 2
+    with raises_nothing():
+        check_all_logged(restored, log, plan, [""])
+
+
+def test_a_hospital_does_not_charge_again_what_an_adopted_restore_had_charged(
+    tmp_path: Path,
+) -> None:
+    """The step log that it takes over names entries that the adopted ledger lost, and charged."""
+    write_notes(tmp_path / "notes.jsonl", [f"p{number}" for number in range(12)])
+    file, state, home = write_site(tmp_path, "onco"), tmp_path / "onco-state", tmp_path / "home"
+    spend(write_site(tmp_path, "cardio"), 0)
+    spend(file, 0).backup(tmp_path / "backup")
+    spend(file, 1)
+    (state / "ledger.db").unlink()
+    Ledger.restore(state, tmp_path / "backup").accept("records", "an officer", "", declared=[EVERY])
+    adopt(home, tmp_path / "cardio.toml", "cardio")
+    adopt(home, file, "onco")
+    log, before = StepLog(home / "steps.jsonl"), Ledger(home).charges("records")
+    assert sum(charge.steps for charge in before) == CHARGE.steps
+    with raises_nothing():
+        check_all_logged(Ledger(home), log, "a plan", ["onco"])
+    Ledger(home).backup(tmp_path / "home-backup")
+    (home / "ledger.db").unlink()
+    restored = Ledger.restore(home, tmp_path / "home-backup")
+    assert restored.charges("records") == before

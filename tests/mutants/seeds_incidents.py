@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "an-adoption-forgets-ended-plans", "fedtune/officer/adopt.py",
-        "refused, login(), old.ended)", "refused, login())",
+        "login(), old.ended, old.charged", "login(), (), old.charged",
         T_LOGGED + "test_an_adoption_remembers_which_plans_a_restore_had_ended",
         "a plan that a site's restore had ended begins anew once a hospital adopts the site",
     ),
@@ -303,6 +303,18 @@ MUTANTS = (
         "seq in self.done or paid.dataset == EVERY or", "seq in self.done or",
         T_LOGGED + "test_an_adopted_ledgers_ended_plans_stay_ended",
         "after an adoption a receipt lacks the rounds that a restore had entered",
+    ),
+    one(
+        "incidents", "a-newer-log-is-not-noticed", "fedtune/core/vault/logged_steps.py",
+        "if named - ledger.charged_entries.keys():", "if False:",
+        T_LOGGED + "test_a_log_that_is_newer_than_the_ledger_stops_the_site",
+        "a ledger that was put back beside its step log goes on, and counts too little",
+    ),
+    one(
+        "incidents", "an-adoption-forgets-which-entries-were-charged", "fedtune/officer/adopt.py",
+        ", old.ended, old.charged_entries\n", ", old.ended\n",
+        T_LOGGED + "test_a_hospital_does_not_charge_again_what_an_adopted_restore_had_charged",
+        "a hospital that adopted a restored ledger stops, since its log names unknown charges",
     ),
     one(
         "incidents", "a-restored-charge-is-a-logged-round", "fedtune/core/vault/logged_steps.py",

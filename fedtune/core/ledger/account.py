@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedtune.core.ledger.chain import Entry
+from fedtune.core.ledger.chain import Entry, list_charged_entries
 from fedtune.core.ledger.cohorts import Arrivals
 from fedtune.core.ledger.entries import (
     EVERY,
@@ -57,6 +57,9 @@ class Account:
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[Spent] = []
         self.ended: set[str] = set()  # plans that had begun when a restore lost entries
+        # The hash of each entry, here, in an adopted ledger or lost, that is charged by itself,
+        # as the step log names it -> how many steps are charged for it.
+        self.charged_entries: dict[str, int] = {}
         self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
         self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
@@ -85,6 +88,7 @@ class Account:
         """Take one more entry, verified, into account. Errors: KeyError if the entry's kind is not
         known."""
         body, time = entry.body, entry.body.get("time", 0)
+        self.charged_entries |= list_charged_entries(entry)
         if entry.kind == "declare":
             self._update_disjoint(entry.seq, body)
             self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}

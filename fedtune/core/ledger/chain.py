@@ -121,6 +121,17 @@ def _charges_in(kind: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [body["charge"]] if kind == "reserve" else []
 
 
+def list_charged_entries(entry: Entry) -> dict[str, int]:
+    """Return the hash of each entry that `entry` charges by itself, as the step log names it -> how
+    many steps. Three kinds have any: "reserve" charges one round, under its own hash and, if it is
+    of an adopted ledger, under the hash that it had there; "restore" charges lost entries; and
+    "end" names those that restores of an adopted ledger had charged."""
+    if entry.kind == "reserve":
+        steps = int(entry.body["charge"]["steps"])
+        return dict.fromkeys({entry.hash, entry.body.get("origin", entry.hash)}, steps)
+    return dict(entry.body.get("entered", {})) if entry.kind in ("restore", "end") else {}
+
+
 def entry_hash(prev: str, kind: str, body: bytes) -> str:
     return hashlib.sha256(prev.encode() + kind.encode() + body).hexdigest()
 

@@ -388,6 +388,13 @@ class Ledger:
         return self._account.members_lost
 
     @property
+    def charged_entries(self) -> dict[str, int]:
+        """The hash of each entry, of this ledger, an adopted or a lost one, that is charged here by
+        itself, as the step log names it -> how many steps are charged for it."""
+        self._read()
+        return dict(self._account.charged_entries)
+
+    @property
     def ended_plans(self) -> set[str]:
         """The plans that get no further answer, each by its digest or that of its queries: it was
         charged, or a person signed it, before a restore that may have lost entries, so that rounds
@@ -596,6 +603,7 @@ class Ledger:
         refused: Iterable[Slot],
         who: str,
         ended: Collection[str] = (),
+        charged: Mapping[str, int] | None = None,
     ) -> int:
         """Enter the charges that a membership of this hospital has in an earlier ledger of its own;
         return how many were not there yet. No `permit` is called, since what they cost was spent
@@ -610,6 +618,8 @@ class Ledger:
           slots of this membership
         - who: the login of the person who moves the ledger, for the entries of refused answers
         - ended: the digests of the plans that get no further answer there (`ended_plans`)
+        - charged: the hash of each entry that is charged there by itself, also of one that was lost
+          and that a restore charged (`charged_entries`) -> how many steps; None: none is known
 
         Guarantee: either everything is entered or nothing, and repeating the call enters nothing
         twice; each charge keeps its rules, unit and order.
@@ -641,8 +651,16 @@ class Ledger:
             leave(len(earlier))
             for slot in sorted(set(refused) - account.refused):
                 writer.append("refuse", {**slot_fields(slot), "by": who})
-            if plans := sorted({*ended} - account.ended):
-                writer.append("end", {"plans": [[plan, membership] for plan in plans]})
+            plans = [[plan, membership] for plan in sorted({*ended} - account.ended)]
+            known = account.charged_entries | {one.origin: one.charge.steps for one in earlier}
+            entered = {
+                entry: steps
+                for entry, steps in (charged or {}).items()
+                if steps > known.get(entry, 0)
+            }
+            if plans or entered:
+                body = {"plans": plans} | ({"entered": entered} if entered else {})
+                writer.append("end", body)
         return len(earlier) - len(paid)
 
     def release(

@@ -85,6 +85,7 @@ from fedtune.core.ledger.chain import (
     find_costliest,
     first_body,
     has_receipts,
+    list_charged_entries,
     mark_receipts,
     named,
     signed_entry,
@@ -265,16 +266,11 @@ def _charges_of(entries: list[Entry]) -> list[Charge]:
 
 
 def _list_entered(entries: list[Entry]) -> dict[str, int]:
-    """Return the hash of each entry that is charged by itself in `entries`, or by a restore in them
-    -> how many steps are charged for it. A charge of an adopted ledger also counts under the hash
-    that its entry had there."""
+    """Return the hash of each entry that is charged by itself in `entries` -> how many steps are
+    charged for it (`list_charged_entries`)."""
     found = dict[str, int]()
     for entry in entries:
-        if entry.kind == "reserve":
-            steps = int(entry.body["charge"]["steps"])
-            found |= dict.fromkeys({entry.hash, entry.body.get("origin", entry.hash)}, steps)
-        elif entry.kind == "restore":
-            found |= entry.body.get("entered", {})
+        found |= list_charged_entries(entry)
     return found
 
 

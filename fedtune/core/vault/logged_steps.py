@@ -13,6 +13,7 @@ from fedtune.core.config.study import QUERIES
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger.entries import EVERY
+from fedtune.core.ledger.files import RESTORE
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault.budget import build_exceeds_hospital
 
@@ -42,15 +43,17 @@ def check_none_lost(ledger: Ledger, digest: str, *, in_home: bool = False) -> No
 def check_all_logged(
     ledger: Ledger, log: StepLog, digest: str, memberships: Collection[str]
 ) -> None:
-    """Check that the step log has every noised step of a plan whose answer the ledger released. The
-    ledger may have charged more: a round that was interrupted may have ended before its steps.
+    """Check that the step log has every noised step of a plan whose answer the ledger released, and
+    that the ledger has the entry of every line of the log, whatever its plan. The ledger may have
+    charged more: a round that was interrupted may have ended before its steps.
 
     - ledger: the ledger that is charged for the plan
     - log: the step log beside it
     - digest: the plan's digest
     - memberships: the names under which ledger and log hold this site's steps
 
-    Errors: LedgerError if steps are missing; InfrastructureError if the log cannot be read."""
+    Errors: LedgerError if steps are missing, or the ledger lacks an entry: it was put back to an
+    earlier state, and the log was not. InfrastructureError if the log cannot be read."""
     released, logged, plans = Rounds(), Rounds(), _plans(digest)
     for spent in ledger.spending():
         charge = spent.charge
@@ -60,6 +63,15 @@ def check_all_logged(
             released[charge.study, charge.round] += charge.steps
     for step, count in log.count_steps(memberships).items():
         logged[step.study, step.round] += count
+    # A line of an older release names no entry.
+    named = {line.entry for line in log.attempts() if line.entry}
+    if named - ledger.charged_entries.keys():
+        raise LedgerError(
+            f"{log.path}: names charges that the ledger beside it lacks: the ledger was put back "
+            "to an earlier state, or is that of another site",
+            "a ledger with the charge of every step that ran",
+            RESTORE,
+        )
     if missing := released - logged:
         rounds = ", ".join(str(round_) for round_ in sorted({round_ for _, round_ in missing}))
         raise LedgerError(
