@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Site
+from fedtune.core.config.checked import CHECKED
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError, NotGenuine
 from fedtune.core.files import reading
 from fedtune.core.files.writing import drafted, replace
@@ -54,7 +55,7 @@ NOTIFY_SECONDS = 72 * 3600  # GDPR, Art. 33(1): from when a controller has becom
 OF_A_SITE = (
     *("ledger.head", "ledger.receipt", "steps.jsonl", "withdrawals/*.json", "hospital.toml"),
     *("audit.jsonl", "audit-*.jsonl", "plans/*.json", "studies/*", "keys/answer.json"),
-    *("log.jsonl", "log.jsonl.1", "status.json"),
+    *("log.jsonl", "log.jsonl.1", "status.json", CHECKED),
 )
 OF_A_COORDINATOR = (
     *("audit.jsonl", "audit-*.jsonl", "nodes/*.json", "nodes/revoked/*.json", "leaves/*.pem"),
@@ -172,7 +173,7 @@ def _keep(
     with drafted(to) as draft:
         for name, path in found.items():
             content = reading.content(path, "evidence", most=reading.LARGE)
-            if name == SETTINGS:
+            if name == SETTINGS or path.name == CHECKED:
                 content = PASSWORD.sub(rb"\1...@", content)
             replace(draft / name, content, private=True)
         head = _copy_ledger(home, draft / "ledger" / DATABASE, damaged) if home else ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import Site, load_site
+from fedtune.core.config.checked import keep_checked
 from fedtune.core.data.identity import identities
 from fedtune.core.errors import ConfigError, NotGenuine
 from fedtune.core.ledger.ledger import Ledger
@@ -76,6 +77,19 @@ def test_a_proxys_password_is_not_kept(site: Site, tmp_path: Path, password: str
         kept = incident.keep_of_site(now, tmp_path / f"kept-{len(proxy)}")
         expected = (before + said).replace(f":{password}@", ":...@")
         assert (kept.folder / "site.toml").read_text() == expected
+
+
+def test_the_tables_with_which_the_site_was_started_are_kept(site: Site, tmp_path: Path) -> None:
+    """The site file may have been changed since. The proxy's password is not kept."""
+    assert site.file
+    before = site.file.read_text()
+    site.file.write_text(before + '\n[coordinator]\nproxy = "http://fed:s3cret@proxy:3128"\n')
+    running = keep_checked(load_site(site.file))
+    site.file.write_text(before)
+    kept = incident.keep_of_site(load_site(site.file), tmp_path / "kept")
+    expected = running.read_text().replace(":s3cret@", ":...@")
+    assert (kept.folder / "state" / running.name).read_text() == expected
+    assert "proxy" in expected and "s3cret" not in expected
 
 
 def test_the_kept_ledger_has_every_entry_and_no_member(site: Site, tmp_path: Path) -> None:

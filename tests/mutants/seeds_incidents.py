@@ -305,6 +305,13 @@ MUTANTS = (
         "after an adoption a receipt lacks the rounds that a restore had entered",
     ),
     one(
+        "incidents", "a-kept-table-has-the-password", "fedtune/evidence/incident.py",
+        "if name == SETTINGS or path.name == CHECKED:", "if name == SETTINGS:",
+        "tests/client/test_incident_evidence.py::"
+        "test_the_tables_with_which_the_site_was_started_are_kept",
+        "evidence that goes to others holds the password of the hospital's proxy",
+    ),
+    one(
         "incidents", "a-newer-log-is-not-noticed", "fedtune/core/vault/logged_steps.py",
         "if named - ledger.charged_entries.keys():", "if False:",
         T_LOGGED + "test_a_log_that_is_newer_than_the_ledger_stops_the_site",
