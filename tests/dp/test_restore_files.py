@@ -177,6 +177,53 @@ def test_marks_are_priced_in_an_order_that_tells_of_no_person(
     assert total(Ledger.restore(folder, tmp_path / "backup", None, noted)) == {1.0: 12}
 
 
+def put_back_and_restore(folder: Path, tmp_path: Path, *, withdraws: bool = True) -> Path:
+    """Run a study of its own and, if `withdraws`, withdraw a patient on a branch that is lost, and
+    have a restore charge for it by a receipt. Return the last state of the lost branch."""
+    coordinator = SigningKey()
+    begin(folder)
+    early = shutil.copytree(folder, tmp_path / "early")
+    if withdraws:
+        Ledger(folder).withdraw(b"bob")
+    run_round(Ledger(folder), 2, done=charge(2, study=OTHER))
+    late = receive(folder, coordinator)
+    branch = shutil.copytree(folder, tmp_path / "branch")
+    replace_folder(folder, early)
+    with pytest.raises(LedgerError):
+        Ledger(folder).accept_receipt(late, coordinator.public)
+    assert total(Ledger.restore(folder)) == {1.0: 8}
+    return branch
+
+
+@pytest.mark.parametrize("withdraws", [True, False])
+def test_a_backup_of_a_branch_that_was_charged_for_is_still_read(
+    folder: Path, tmp_path: Path, withdraws: bool
+) -> None:
+    """The receipt did not tell who had withdrawn and which study had begun. Nothing is charged
+    twice, and the same backup changes nothing when it is given again."""
+    branch = put_back_and_restore(folder, tmp_path, withdraws=withdraws)
+    Ledger(branch).backup(tmp_path / "backup")
+    assert not Ledger(folder).withdrawn() and OTHER not in Ledger(folder).ended_plans
+    restored = Ledger.restore(folder, tmp_path / "backup")
+    assert len(restored.withdrawn()) == withdraws and OTHER in restored.ended_plans
+    assert total(restored) == {1.0: 8}
+    run_round(restored, 3, done=charge(3, study="sha256:" + "88" * 32))
+    again = Ledger.restore(folder, tmp_path / "backup")
+    assert total(again) == {1.0: 12} and len(again.ended_plans) == 2
+
+
+def test_a_backup_that_charged_for_the_folders_branch_charges_nothing_twice(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The disk that was thought lost is found, and put in place."""
+    branch = put_back_and_restore(folder, tmp_path)
+    Ledger(folder).backup(tmp_path / "backup")
+    replace_folder(folder, branch)
+    restored = Ledger.restore(folder, tmp_path / "backup")
+    assert total(restored) == {1.0: 8} and len(restored.withdrawn()) == 1
+    assert OTHER in restored.ended_plans
+
+
 @pytest.mark.parametrize("withdrawals", [0, 5, 30])
 def test_a_receipt_of_a_branch_that_was_charged_for_hides_no_later_one(
     folder: Path, tmp_path: Path, withdrawals: int

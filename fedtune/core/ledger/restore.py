@@ -174,6 +174,9 @@ class _Base:
 
     @property
     def charges_beside(self) -> list[Charge]:
+        """The charges beside this chain that no restore in it has charged for."""
+        if self.beside and self.holds(self.beside.head):  # it charged all that led to this entry
+            return _charges_of(self.rows_beside)
         return _charges_of(self.entries_beside)
 
     @property
@@ -642,19 +645,27 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
         )
     # A backup whose newest entry the folder has is not taken. Of two branches, what they charged
     # decides, and never their numbers of entries: how many withdrew on each must not decide to
-    # which datasets the charges of the other count.
-    if local is not None and local.holds(backup.head):
+    # which datasets the charges of the other count. A branch for which the other was charged by an
+    # earlier restore is still read beside it: that restore did not know who had withdrawn on it.
+    if local is not None and local.has(backup.head):
         return local
-    extends = local is None or backup.holds(local.head)
-    if local is not None and not extends and local.amount >= backup.amount:
+    if local is not None and _is_base(local, backup):
         is_lost = backup.salt != local.salt
         return dataclasses.replace(local, is_salt_lost=is_lost, beside=backup)
-    beside = None if extends else local
+    beside = None if local is None or backup.has(local.head) else local
     # Who withdrew since a salt was made anew is known by hashes under that one alone.
     salt = (folder / SALT).read_bytes() if (folder / SALT).exists() else b""
     is_another = len(salt) == 32 and salt != backup.salt
     is_lost = is_another or _names_salt(folder, public, backup.salt) is False
     return dataclasses.replace(backup, is_salt_lost=is_lost, beside=beside)
+
+
+def _is_base(local: _Base, backup: _Base) -> bool:
+    """Return whether the chain of the folder is continued, and not that of the backup, whose newest
+    entry it lacks."""
+    if backup.holds(local.head):
+        return False
+    return local.holds(backup.head) or local.amount >= backup.amount
 
 
 def _rows_beside(base: _Base, rows: list[tuple[Any, ...]], public: str) -> list[Entry]:
@@ -790,7 +801,7 @@ def _restore_body(
     # A backup counts as older than the folder, even if nothing was entered since: whether a person
     # withdrew after it must not decide what follows.
     is_own = base.path == folder / DATABASE and anchor is not None
-    is_whole = is_own and not unknown and highest == base.seq
+    is_whole = is_own and not unknown and not plans and highest == base.seq
     is_whole = is_whole and not _lacks_receipts(folder, receipts)
     return {
         "base": base.seq,
