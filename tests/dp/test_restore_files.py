@@ -14,13 +14,21 @@ import pytest
 from fedtune.core.config import PolicyTable
 from fedtune.core.dp.filter import best_order
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.ledger.entries import EVERY, LOST, are_kinds_known, samples_first
+from fedtune.core.ledger.entries import (
+    EVERY,
+    LOST,
+    Earlier,
+    are_kinds_known,
+    orders_of,
+    samples_first,
+)
 from fedtune.core.ledger.files import read_receipts, readable_receipts
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.restore import _readable_lines
 from fedtune.core.ledger.spending import budget
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import receipt
+from tests.client.adoption_kit import kill_at
 from tests.dp.ledger_kit import charge, covers, run_round, total
 
 OTHER = "sha256:" + "77" * 32
@@ -283,3 +291,69 @@ def test_a_charge_by_bounds_may_have_sampled_first_also_where_it_was_adopted() -
     own = replace(charge(2), sampling_rate=1.0)
     assert samples_first([lost]) and samples_first([adopted]) and samples_first([own, adopted])
     assert not samples_first([own])
+
+
+@pytest.mark.parametrize("kept", ["an anchor", "a backup's anchor", "a branch"])
+def test_a_restored_charge_has_each_order_that_may_have_been_fixed(
+    folder: Path, tmp_path: Path, kept: str
+) -> None:
+    """An adopted ledger had fixed an order of its own, perhaps before this one did. Restored at the
+    order of the backup alone, ε fell from 54.0 to 3.34."""
+    begin(folder)
+    early = shutil.copytree(folder, tmp_path / "early")
+    adopted = replace(charge(2), order=9.75, membership="onco", adopted=True)
+    Ledger(folder).enter_earlier("onco", [Earlier("notes", adopted, "a")], {}, [], "an officer")
+    assert orders_of(Ledger(folder).charges("notes")) == (8.0, 9.75)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if kept == "an anchor":
+        (folder / "ledger.db").unlink()
+        restored = Ledger.restore(folder, early)
+    else:
+        take(early, copy, *(["ledger.db"] if kept == "a backup's anchor" else ["ledger.head"]))
+        replace_folder(folder, early)
+        restored = Ledger.restore(folder, copy)
+    assert total(restored) == {1.0: 8} and orders_of(restored.charges("notes")) == (8.0, 9.75)
+    (folder / "ledger.db").unlink()
+    assert orders_of(Ledger.restore(folder).charges("notes")) == (8.0, 9.75)
+
+
+def test_an_adopted_charge_of_a_restore_may_have_been_the_first(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The site says so of its own ledger, and the hospital that adopts it must not forget it."""
+    restored = replace(charge(1), sampling_rate=0.5, order=9.75, membership="onco", adopted=True)
+    own = replace(charge(2), sampling_rate=1.0)
+    ledger = Ledger(folder)
+    ledger.declare("notes", [], "sha256:0", [b"ann"])
+    run_round(ledger, 2, done=own)
+    first = replace(restored, sampling_rate=1.0, order=8.0)
+    earlier = [Earlier("notes", first, "a"), Earlier(EVERY, restored, "b")]
+    ledger.enter_earlier("onco", earlier, {}, [], "an officer")
+    charges = Ledger(folder).charges("notes")
+    assert samples_first(charges) and orders_of(charges) == (8.0, 9.75)
+    of_rounds = [replace(each, restored=False) for each in charges]
+    assert not samples_first(of_rounds) and orders_of(of_rounds) == (8.0,)
+
+
+def test_damaged_receipts_are_set_aside_once_they_are_charged_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A restore that is killed before leaves a ledger that does not open, and the next one reads
+    them again. It had left one that opened without the rounds that they show."""
+    begin(folder)
+    early, coordinator = shutil.copytree(folder, tmp_path / "early"), SigningKey()
+    for round_ in (2, 3):
+        run_round(Ledger(folder), round_)
+        Ledger(folder).accept_receipt(receive(folder, coordinator), coordinator.public)
+    take(early, folder, "ledger.db", "ledger.head", "steps.jsonl")
+    damaged = folder / "ledger.receipt"
+    damaged.write_bytes(damaged.read_bytes() + b"{")
+    whole, step, ended = shutil.copytree(folder, tmp_path / "whole"), 0, False
+    while not ended:
+        replace_folder(folder, whole)
+        ended = kill_at(step, lambda: Ledger.restore(folder))
+        with suppress(LedgerError):
+            assert covers(total(Ledger(folder)), {1.0: 12}), f"killed before change {step}"
+        assert covers(total(Ledger.restore(folder)), {1.0: 12}), f"killed before change {step}"
+        step += 1
+    assert list(folder.glob("ledger.receipt.lost-*")) and step > 10

@@ -434,9 +434,60 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-restore-forgets-the-order", "fedtune/core/ledger/restore.py",
-        "else first_order or EXHAUSTED.order", "else EXHAUSTED.order",
-        T_FILES + "test_what_is_priced_by_bounds_is_of_no_known_kind",
-        "a ledger that lost its database alone has no budget left",
+        "(*here, *beside, *orders)", "(*here, *beside)",
+        T_FILES + "test_a_restored_charge_has_each_order_that_may_have_been_fixed",
+        "a ledger that lost its database alone has another order, and a smaller ε",
+    ),
+    one(
+        "incidents", "a-restored-charge-has-one-order", "fedtune/core/ledger/restore.py",
+        "other_orders=tuple(others)", "other_orders=()",
+        T_FILES + "test_a_restored_charge_has_each_order_that_may_have_been_fixed",
+        "what an adopted ledger lost is composed at the order of the hospital's ledger alone",
+    ),
+    one(
+        "incidents", "a-copys-anchor-states-no-order", "fedtune/core/ledger/restore.py",
+        ", *_orders_beside(from_, key.public))", ",)",
+        T_FILES + "test_a_restored_charge_has_each_order_that_may_have_been_fixed",
+        "the order of an adopted ledger is lost that the anchor of a copy states",
+    ),
+    one(
+        "incidents", "an-anchor-states-no-adopted-order", "fedtune/core/ledger/chain.py",
+        "charges if is_older or dataset", "charges if dataset",
+        T_FILES + "test_a_restored_charge_has_each_order_that_may_have_been_fixed",
+        "the order of an adopted ledger is lost with the hospital's database",
+    ),
+    one(
+        "incidents", "an-adopted-restored-charge-was-no-first", "fedtune/core/ledger/account.py",
+        "charge = replace(charge, restored=True)", "pass",
+        T_FILES + "test_an_adopted_charge_of_a_restore_may_have_been_the_first",
+        "ε falls once a hospital adopts a restored ledger",
+    ),
+    one(
+        "incidents", "receipts-go-before-they-are-charged", "fedtune/core/ledger/restore.py",
+        "    sync_folder(folder)\n    os.replace(draft, folder / DATABASE)",
+        '    os.replace(folder / RECEIPT, folder / f"{RECEIPT}{aside}")\n'
+        "    os.replace(draft, folder / DATABASE)",
+        T_FILES + "test_damaged_receipts_are_set_aside_once_they_are_charged_for",
+        "a restore that is killed leaves a ledger that opens, without the rounds of its receipts",
+    ),
+    one(
+        "incidents", "a-charged-branch-is-not-read", "fedtune/core/ledger/restore.py",
+        "if local is not None and local.has(backup.head):",
+        "if local is not None and local.holds(backup.head):",
+        T_FILES + "test_a_backup_of_a_branch_that_was_charged_for_is_still_read",
+        "who withdrew on a branch comes back, although its backup is given",
+    ),
+    one(
+        "incidents", "a-charged-branch-is-charged-again", "fedtune/core/ledger/restore.py",
+        "if self.beside and self.holds(self.beside.head):", "if False:",
+        T_FILES + "test_a_backup_of_a_branch_that_was_charged_for_is_still_read",
+        "each restore from the same backup costs its rounds again",
+    ),
+    one(
+        "incidents", "a-branch-ends-no-study", "fedtune/core/ledger/restore.py",
+        "not unknown and not plans and highest", "not unknown and highest",
+        T_FILES + "test_a_backup_of_a_branch_that_was_charged_for_is_still_read",
+        "a study begins anew whose rounds a restore charged without its name",
     ),
     one(
         "incidents", "an-adopted-bound-did-not-sample", "fedtune/core/ledger/entries.py",

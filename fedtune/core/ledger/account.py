@@ -98,6 +98,8 @@ class Account:
         elif entry.kind == "reserve":
             beside = body.get("membership", ""), body.get("patient", "")
             charge = Charge.read(body["charge"], *beside)
+            if body["dataset"] == EVERY:  # of a restore of an adopted ledger
+                charge = replace(charge, restored=True)
             out = frozenset(body.get("out", ()))
             self.reserved[entry.seq] = Reservation(
                 dataset=body["dataset"],

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace
+from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -119,6 +120,40 @@ def _charges_in(kind: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if kind == "restore":
         return list(body["charges"])
     return [body["charge"]] if kind == "reserve" else []
+
+
+class FixedOrders:
+    """The Rényi orders that the charges of entries may have fixed for the site's privacy filter
+    (`entries.orders_of`): those of each dataset's first charge, and those of charges of an adopted
+    ledger or a restore, which may be older than it. Add the entries oldest first."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._found = dict[float, None]()
+        self._datasets = set[str]()
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Take the charges of one more entry into account. Errors: TypeError, KeyError if it is not
+        understood."""
+        if entry.kind not in CHARGING:
+            return
+        body, dataset = entry.body, entry.body["dataset"]
+        charges = _charges_in(entry.kind, body)
+        is_older = dataset == EVERY or any(
+            each.get("adopted", bool(body.get("membership"))) for each in charges
+        )
+        for charge in charges if is_older or dataset not in self._datasets else ():
+            orders = [
+                *([charge["order"]] if "order" in charge else []),
+                *charge.get("other_orders", []),
+            ]
+            self._found |= dict.fromkeys(map(float, orders))
+        self._datasets.add(dataset)
+
+    def listed(self) -> tuple[float, ...]:
+        """Return the orders, each once, in the order of their entries."""
+        return tuple(self._found)
 
 
 def list_charged_entries(entry: Entry) -> dict[str, int]:
@@ -297,7 +332,7 @@ class Database:
         self._head: Head | None = None
         self._paid, self._costliest = Paid(), Costliest()  # of all entries up to `_head`
         self._charging: list[Head] = []  # those of these entries that charge
-        self._order: float | None = None  # the Rényi order of the first charge
+        self._orders = FixedOrders()
         self.settled: set[Head] = set()  # lost entries that a restore charged for
         with named(folder):
             prepare(folder)
@@ -374,8 +409,7 @@ class Database:
                 self._fold(entry)
                 paid = self._paid.plus(count_paid(entry.kind, entry.body))
                 costliest = self._costliest.plus(find_costliest(entry.kind, entry.body))
-                charged = _charges_in(entry.kind, entry.body)
-                orders = [float(charge["order"]) for charge in charged if "order" in charge]
+                self._orders.add(entry)
             except (TypeError, KeyError) as error:
                 raise LedgerError(
                     f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",
@@ -384,8 +418,6 @@ class Database:
             self._head, self._paid, self._costliest = head, paid, costliest
             if entry.kind in CHARGING:
                 self._charging.append(head)
-            if self._order is None and orders:
-                self._order = orders[0]
         if last is None:
             raise _build_damaged_error(self.path, "entries were taken out")
         check_signature(self.path, self.key.public, *last)
@@ -422,7 +454,9 @@ class Database:
         self._write_anchor(read_named(path, self.key.public))
 
     def _write_anchor(self, named: Named) -> None:
-        anchor = encode_anchor(self.key, self.statement(), named._replace(order=self._order))
+        anchor = encode_anchor(
+            self.key, self.statement(), named._replace(orders=self._orders.listed())
+        )
         replace(self.folder / HEAD, anchor, private=True)
 
     def note_sent(self, coordinator: str, membership: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedtune.core.dp.accountant import Steps
@@ -64,6 +64,7 @@ class Charge:
     - unit: "patient" or "record"; "any" for a charge that a restore entered and that holds for both
     - cohort: the name that the site gave the units that arrived last; "any" after a restore
     - order: the Rényi order of the site's privacy filter at the time of the charge
+    - other_orders: further orders that it may have been, for a charge that a restore entered
     - rules: the version of the rules by which records were chosen (RULES of the release that
       charged)
     - sites, colluding: n and t of secure aggregation. If at most t of the n sites collude, every
@@ -73,7 +74,9 @@ class Charge:
       hospital's shared ledger adopted later. It may then be older than charges that come before it
       in the ledger
     - patient: the column whose values told patients apart (`patient_column`); "" for a charge per
-      record, and for charges of an earlier release or a restore, for which no column is known"""
+      record, and for charges of an earlier release or a restore, for which no column is known
+    - restored: whether a restore entered it, here or in an adopted ledger. It may then be older
+      than every other charge. The entry says it by its kind or by its dataset, EVERY"""
 
     study: str  # plan digest
     name: str
@@ -92,6 +95,8 @@ class Charge:
     membership: str = ""
     adopted: bool = False
     patient: str = ""
+    other_orders: tuple[float, ...] = ()
+    restored: bool = field(default=False, compare=False)
 
     @classmethod
     def read(cls, fields: Mapping[str, Any], membership: str = "", patient: str = "") -> Charge:
@@ -104,15 +109,21 @@ class Charge:
         - membership: the membership that the entry names; "" if it names none
         - patient: the column of patients that the entry names; "" if it names none"""
         beside = {"membership": membership, "adopted": bool(membership), "patient": patient}
-        return cls(**{"rules": 1, **beside, **fields})
+        known: dict[str, Any] = {"rules": 1, **beside, **fields}
+        known["other_orders"] = tuple(known.get("other_orders", ()))
+        known["restored"] = membership == EVERY
+        return cls(**known)
 
     def fields(self) -> dict[str, Any]:
         """Return the charge as a dict of a ledger entry's fields, without membership and column,
         which the entry holds in fields of its own. So that the entry has the same fields as in
-        earlier releases, `sites` and `colluding` are left out without secure aggregation, and
-        `adopted` without a membership."""
+        earlier releases, `sites` and `colluding` are left out without secure aggregation,
+        `adopted` without a membership, and `other_orders` if there are none."""
         fields = asdict(self)
-        del fields["membership"], fields["patient"]
+        del fields["membership"], fields["patient"], fields["restored"]
+        fields["other_orders"] = list(self.other_orders)
+        if not self.other_orders:
+            del fields["other_orders"]
         if not self.membership:
             del fields["adopted"]
         if self.sites == 1:
@@ -149,9 +160,12 @@ def orders_of(charges: Iterable[Charge]) -> tuple[float, ...]:
     """Return the Rényi orders at which the privacy filter composes charges, sorted. Usually this is
     the one order that the first charge fixed. A ledger that was adopted had fixed an order of its
     own. If it did so before the hospital's ledger, results were known when the hospital's order was
-    fixed. Nobody knows which was first, so both are returned. Without charges the order does not
-    matter, and the result is (2.0,). charges: in the ledger's order."""
-    return tuple(sorted({charge.order for charge in _first_charges(charges)})) or (2.0,)
+    fixed. Nobody knows which was first, so both are returned. The same holds for a charge that a
+    restore entered. Without charges the order does not matter, and the result is (2.0,). charges:
+    in the ledger's order."""
+    first = _first_charges(charges)
+    orders = {order for charge in first for order in (charge.order, *charge.other_orders)}
+    return tuple(sorted(orders)) or (2.0,)
 
 
 def samples_first(charges: Iterable[Charge]) -> bool:
@@ -160,7 +174,7 @@ def samples_first(charges: Iterable[Charge]) -> bool:
     the result. charges: in the ledger's order."""
     charges = list(charges)
     first = _first_charges(charges)
-    may = (charge.sampling_rate < 1 or charge.membership == EVERY for charge in first)
+    may = (charge.sampling_rate < 1 or charge.restored for charge in first)
     return any(may) or not first or not are_kinds_known(charges)
 
 
@@ -172,13 +186,16 @@ def are_kinds_known(charges: Iterable[Charge]) -> bool:
 
 
 def _first_charges(charges: Iterable[Charge]) -> list[Charge]:
-    """List the charges that may be the earliest of all: the first in the ledger, and the first of
-    each ledger that was adopted."""
-    first = dict[str, Charge]()
+    """List the charges that may be the earliest of all: the first in the ledger, the first of each
+    ledger that was adopted, and each that a restore entered."""
+    first, memberships = list[Charge](), set[str]()
     for charge in charges:
-        if not first or charge.adopted:
-            first.setdefault(charge.membership, charge)
-    return list(first.values())
+        is_new = charge.membership not in memberships and (charge.adopted or not first)
+        if charge.restored or is_new:
+            first.append(charge)
+        if is_new and not charge.restored:
+            memberships.add(charge.membership)
+    return first
 
 
 @dataclass(frozen=True)

@@ -204,11 +204,12 @@ class Named(NamedTuple):
     sent: the newest heads that each coordinator was sent, by membership, at most SENT of each
     and SENT_IN_ALL together; oldest first. A receipt for a head that was dropped stops the site
     after a restore, which charges for it once more.
-    order: the Rényi order of the ledger's first charge; None if nothing was charged, or an older
-    release wrote the anchor. A restore that has no charge left takes it for those that it enters"""
+    orders: the Rényi orders that the ledger's charges may have fixed (`chain.list_fixed_orders`);
+    none if nothing was charged. A restore takes them for the charges that it enters, of which any
+    may have been the first"""
 
     sent: tuple[Sent, ...] = ()
-    order: float | None = None
+    orders: tuple[float, ...] = ()
 
     def with_sent(self, new: Sent) -> Named:
         """Return these entries with a head added that a coordinator is sent."""
@@ -225,7 +226,7 @@ def encode_anchor(key: SigningKey, statement: Mapping[str, Any], named: Named) -
     - statement: the signed statement of the ledger's newest entry (`state`)
     - named: the earlier entries that it names"""
     listed: dict[str, Any] = {"sent": list(map(list, named.sent))}
-    listed |= {} if named.order is None else {"order": named.order}
+    listed |= {"orders": list(named.orders)} if named.orders else {}
     signature = key.sign(_signed_names(statement["hash"], listed))
     return canonical({**statement, "named": listed, "named_signature": signature})
 
@@ -387,9 +388,8 @@ def read_named(path: Path, public: str) -> Named:
         listed = content["named"]
         if not verifies(public, _signed_names(content["hash"], listed), content["named_signature"]):
             return Named()
-        order = listed.get("order")
         sent = tuple(Sent(*each) for each in listed["sent"])
-        return Named(sent, None if order is None else float(order))
+        return Named(sent, tuple(float(order) for order in listed.get("orders", ())))
     except (ValueError, TypeError, KeyError, RecursionError):
         return Named()
 

@@ -74,6 +74,7 @@ from fedtune.core.ledger.chain import (
     CHARGING,
     SCHEMA,
     Entry,
+    FixedOrders,
     Transaction,
     chain,
     check_first,
@@ -386,7 +387,7 @@ def _restore(
         receipts=receipts,
         rows=rows,
         public=key.public,
-        first_order=named.order,
+        orders=(*named.orders, *_orders_beside(from_, key.public)),
     )
     draft = folder / "ledger.restoring"
     draft.unlink(missing_ok=True)
@@ -429,8 +430,7 @@ def _restore(
         costliest = costliest.plus(find_costliest(entry.kind, entry.body))
         charging += [Head(entry.seq, entry.hash)] if entry.kind in CHARGING else []
     newest = Mark(writer.head, paid, costliest, choose_charged(charging))
-    first = base.charges or [Charge.read(charge) for charge in entry_body["charges"]]
-    named = named._replace(order=first[0].order if first else None)
+    named = named._replace(orders=FixedOrders([*base.entries, *writer.pending]).listed())
     new_anchor = encode_anchor(key, state(key, newest), named)
     _install(folder, draft, base.salt, new_anchor, receipts)
 
@@ -442,6 +442,12 @@ def _marks_beside(from_: Path, public: str) -> list[Mark]:
     anchor = read_anchor(from_ / HEAD, public) if (from_ / HEAD).exists() else None
     log = readable_receipts(from_ / RECEIPT, public)
     return [receipt.mark for receipt in log.every] + ([anchor] if anchor else [])
+
+
+def _orders_beside(from_: Path | None, public: str) -> tuple[float, ...]:
+    """Return the Rényi orders that the anchor in the folder of a backup states; none if there is no
+    such folder or anchor. public: the public half (hexadecimal) of the site's key."""
+    return read_named(from_ / HEAD, public).orders if from_ else ()
 
 
 def _say_salt_lost(withdrawn: int) -> str:
@@ -599,10 +605,9 @@ def _install(
     for name in (DATABASE, HEAD):
         if (folder / name).exists():
             os.link(folder / name, folder / f"{name}{aside}")
-    # A journal would be played back into the new database, and receipts are None if unreadable.
-    for name in (f"{DATABASE}-journal", *([RECEIPT] if receipts is None else [])):
-        if (folder / name).exists():
-            os.replace(folder / name, folder / f"{name}{aside}")
+    journal = f"{DATABASE}-journal"  # it would be played back into the new database
+    if (folder / journal).exists():
+        os.replace(folder / journal, folder / f"{journal}{aside}")
     sync_folder(folder)
     os.replace(draft, folder / DATABASE)
     sync_folder(folder)
@@ -611,6 +616,10 @@ def _install(
     if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:
         replace(folder / SALT, salt, private=True)
     replace(folder / HEAD, anchor, private=True)
+    # While receipts that cannot be read are there, the ledger cannot be opened. What they show is
+    # charged for by now.
+    if receipts is None and (folder / RECEIPT).exists():
+        os.replace(folder / RECEIPT, folder / f"{RECEIPT}{aside}")
     (folder / NEW).unlink(missing_ok=True)
 
 
@@ -745,7 +754,7 @@ def _restore_body(
     receipts: ReceiptLog | None,
     rows: list[tuple[Any, ...]],
     public: str,
-    first_order: float | None,
+    orders: tuple[float, ...],
 ) -> dict[str, Any]:
     """Return the body of the restore entry: which entries are lost, and the charges for them.
 
@@ -759,8 +768,7 @@ def _restore_body(
     - receipts: the receipts in `folder`; None if they cannot be read
     - rows: the rows of the old database that can be read, as `_readable_rows` returns them
     - public: the public half (hexadecimal) of the site's key
-    - first_order: the Rényi order of the ledger's first charge, as the anchor states it; None if it
-      does not
+    - orders: the Rényi orders that charges may have fixed, as anchors state them
 
     In the result, `lost_steps` is the most noised steps that the base may lack, and `charges` are
     the charges for them, against every dataset. The numbers after `base` and up to `highest` are
@@ -785,9 +793,13 @@ def _restore_body(
     covered = base.covered
     entered_here = _entered(base, logged, lines)
     lost = [EXHAUSTED] if anchor is None else _price(marks, covered, entered_here)
-    order = base.charges[0].order if base.charges else first_order or EXHAUSTED.order
-    lost = [*logged.values(), *unnamed, *lost]
-    lost = [dataclasses.replace(charge, order=order) for charge in lost]
+    # Each of them may have been the first charge of all, so each has every order that is known.
+    here, beside = FixedOrders(base.entries).listed(), FixedOrders(base.entries_beside).listed()
+    order, *others = dict.fromkeys((*here, *beside, *orders)) or (EXHAUSTED.order,)
+    lost = [
+        dataclasses.replace(charge, order=order, other_orders=tuple(others))
+        for charge in (*logged.values(), *unnamed, *lost)
+    ]
     charges = [*base.charges_beside, *lost]
     # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
     rules = min((charge.rules for charge in (*base.charges, *charges)), default=RULES)
