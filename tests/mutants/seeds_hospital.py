@@ -21,8 +21,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-adopted-ledger-loses-its-order", "fedtune/core/ledger/entries.py",
-        "for charge in _first_charges(charges)})) or (2.0,)",
-        "for charge in _first_charges(charges)[:1]})) or (2.0,)",
+        "orders = {order for charge in first for", "orders = {order for charge in first[:1] for",
         "tests/dp/test_budget.py::"
         "test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed",
         "a hospital's first plan chooses the order when the adopted site's results are known",

@@ -261,7 +261,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-withdrawal-decides-what-a-restore-ends", "fedtune/core/ledger/restore.py",
-        "local is not None and local.holds(backup.head)",
+        "local is not None and local.has(backup.head)",
         "local is not None and local.seq > backup.seq",
         "tests/dp/test_ledger_restore.py::"
         "test_a_withdrawal_after_the_backup_does_not_decide_what_a_restore_ends",
@@ -400,7 +400,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "the-longer-chain-has-all", "fedtune/core/ledger/restore.py",
-        "if local is not None and local.holds(backup.head):", "if local is not None:",
+        "if local is not None and local.has(backup.head):", "if local is not None:",
         T_PRICES + "test_what_only_the_copy_has_is_charged_and_decided",
         "a folder that was put back and went on is restored without what only the copy paid",
     ),

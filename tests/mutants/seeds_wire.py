@@ -184,7 +184,7 @@ GUARANTEE_MUTANTS = (
     ),
     _one(
         "ledger", "an-adopted-ledger-began-unsampled", "fedtune/core/ledger/entries.py",
-        "        if not first or charge.adopted:\n", "        if not first:\n",
+        "and (charge.adopted or not first)", "and not first",
         "tests/dp/test_budget.py::"
         "test_a_ledger_that_was_adopted_is_held_at_the_order_that_it_had_fixed",
         "a ledger that began with a sampled study is taken for one that did not",
