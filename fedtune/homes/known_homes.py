@@ -158,10 +158,11 @@ def note_head(home: Path) -> None:
             if own in homes and _is_newer(home):  # another client may have noted one meanwhile
                 anchor = json.loads((home / HEAD).read_bytes())
                 statement = {key: value for key, value in anchor.items() if "named" not in key}
-                others = [note for note in homes[own] if "head" not in note]
+                key = _note_key(home)  # a home that adopted a site has none until its client runs
+                others = [note for note in homes[own] if "head" not in note and note not in key]
                 earlier = next((note for note in homes[own] if "head" in note), {})
                 new_note = {"head": statement, "account": earlier.get("account", token_hex(8))}
-                replace(path, _encode(homes | {own: [*others, new_note]}), private=True)
+                replace(path, _encode(homes | {own: [*others, *key, new_note]}), private=True)
 
 
 def check_ledger_there(home: Path) -> None:
@@ -365,9 +366,13 @@ def _has_its_ledger(home: Path, homes: dict[str, list[Note]]) -> bool:
     """Return whether `home` still holds the ledger that the notes know there. If the key's file is
     missing, any other part of a ledger counts. Return True if no ledger is known: a site may have
     been refused before its ledger began. Errors: InfrastructureError."""
-    keys = [note for note in homes.get(str(home.resolve()), []) if "key" in note]
+    noted = homes.get(str(home.resolve()), [])
+    keys = [note for note in noted if "key" in note]
     here = _note_key(home)
-    return not keys or (here[0] in keys if here else bool(traces(home)))
+    if keys and here:
+        return here[0] in keys
+    is_known = bool(keys) or any("head" in note for note in noted)
+    return bool(traces(home)) if is_known else True
 
 
 def _check_same_ledger(home: Path, homes: dict[str, list[Note]]) -> None:

@@ -63,7 +63,7 @@ def spend(file: Path, rounds: int, sigma: float = 8.0, withdrawn: Sequence[str] 
     for round_ in range(rounds):
         charge = replace(CHARGE, study=study, round=round_, noise_multiplier=sigma)
         number = ledger.reserve(data.name, charge, "adapter", lambda charges: None)
-        log.begin_round(ledger.hash_of(number))
+        log.begin_round(ledger.hash_of(number), ledger.order_of(number))
         log.append(Step(study, round_, sigma, 1.0, 1.0, "patient"), of_round=charge.steps)
         ledger.release(number, b"an update")
     AuditLog(ledger.folder, ledger.key).add("enroll")

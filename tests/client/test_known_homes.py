@@ -39,6 +39,7 @@ from fedtune.officer.memberships import still
 from fedtune.server import rounds
 from tests.cli_kit import run
 from tests.client.adoption_kit import make_site, spend, write_notes
+from tests.expected import raises_nothing
 from tests.simulated import simulate
 
 
@@ -518,6 +519,34 @@ def test_the_home_that_adopted_a_ledger_is_known_before_its_membership_runs(worl
     with pytest.raises(ConfigError, match="pays for these records already"):
         join(world, "onco")
     join(world, "cardio")
+
+
+@pytest.mark.parametrize("is_head_noted", [True, False])
+def test_a_home_that_is_emptied_after_its_adoption_begins_no_other_ledger(
+    world: Path, is_head_noted: bool
+) -> None:
+    """Before a client ran again, its hospital.toml was laid out anew, as by a machine's set-up. An
+    earlier note may have the newest entry and no key. Twin: a machine with no note of either."""
+    join(world, "cardio")
+    home, path = world / "home", known_homes.path_of_notes()
+    adopt(home, world / "cardio.toml", "cardio")
+    homes = json.loads(path.read_text())["homes"]
+    assert {"key": Ledger(home).key.public} in homes[str(home)]
+    left_out = ["key"] if is_head_noted else ["key", "head"]
+    kept = [note for note in homes[str(home)] if not any(name in note for name in left_out)]
+    text = (home / "hospital.toml").read_text()
+    shutil.rmtree(home)
+    home.mkdir()
+    (home / "hospital.toml").write_text(text)
+    with pytest.raises(ConfigError, match="the ledger that pays for this site's records is not"):
+        check_before_joining(load_site(world / "cardio.toml"))
+    path.write_text(json.dumps({"homes": {str(home): kept}}))
+    if is_head_noted:
+        with pytest.raises(ConfigError, match="the ledger that pays for this site's records is"):
+            check_before_joining(load_site(world / "cardio.toml"))
+    else:
+        with raises_nothing():
+            known_homes.check_ledger_there(home)
 
 
 def test_a_dead_home_is_forgotten_by_a_person_and_that_is_entered(world: Path) -> None:

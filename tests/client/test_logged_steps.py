@@ -337,7 +337,7 @@ def test_a_site_states_no_number_of_steps_that_is_too_small(
         trains(worker, made, round_)
     log = tmp_path / "state" / "steps.jsonl"
     if when == "round":
-        monkeypatch.setattr(worker.log, "begin_round", log.unlink)
+        monkeypatch.setattr(worker.log, "begin_round", lambda *_: log.unlink())
     else:
         log.unlink()
     with raises_only(LedgerError, match=f"{LOG_LACKS} 1, 2 of"):
@@ -380,7 +380,7 @@ def test_a_round_that_was_interrupted_before_its_steps_ends_nothing(
         assert SiteWorker(worker.site).prepare(made.study, made.frozen).admitted
 
 
-def _interrupt(entry: str) -> None:
+def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 

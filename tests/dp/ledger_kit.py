@@ -29,7 +29,7 @@ def run_round(
     done = done or charge(round_)
     number = ledger.reserve(dataset, done, f"adapter {round_}", yes)
     log = StepLog(ledger.folder / "steps.jsonl")
-    log.begin_round(ledger.hash_of(number))
+    log.begin_round(ledger.hash_of(number), ledger.order_of(number))
     for _ in range(done.steps):
         log.append(
             Step(

@@ -317,6 +317,22 @@ def test_a_restored_charge_has_each_order_that_may_have_been_fixed(
     assert orders_of(Ledger.restore(folder).charges("notes")) == (8.0, 9.75)
 
 
+def test_the_step_log_shows_the_order_of_a_charge_that_was_the_first(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The ledger was put back to before it, and another charge, at another order, came first."""
+    Ledger(folder).declare("notes", [], "sha256:0", [b"ann"])
+    empty = shutil.copytree(folder, tmp_path / "empty")
+    run_round(Ledger(folder), 1, done=replace(charge(1), order=9.75))
+    shutil.copy(folder / "steps.jsonl", tmp_path)
+    replace_folder(folder, empty)
+    run_round(Ledger(folder), 2)
+    with (folder / "steps.jsonl").open("ab") as log:
+        log.write((tmp_path / "steps.jsonl").read_bytes())
+    restored = Ledger.restore(folder)
+    assert total(restored) == {1.0: 8} and orders_of(restored.charges("notes")) == (8.0, 9.75)
+
+
 def test_an_adopted_charge_of_a_restore_may_have_been_the_first(
     folder: Path, tmp_path: Path
 ) -> None:

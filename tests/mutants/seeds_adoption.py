@@ -434,9 +434,27 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-restore-forgets-the-order", "fedtune/core/ledger/restore.py",
-        "(*here, *beside, *orders)", "(*here, *beside)",
+        "(*here, *beside, *orders, *logged_orders)", "(*here, *beside)",
         T_FILES + "test_a_restored_charge_has_each_order_that_may_have_been_fixed",
         "a ledger that lost its database alone has another order, and a smaller ε",
+    ),
+    one(
+        "incidents", "a-logged-order-is-forgotten", "fedtune/core/ledger/restore.py",
+        "(*here, *beside, *orders, *logged_orders)", "(*here, *beside, *orders)",
+        T_FILES + "test_the_step_log_shows_the_order_of_a_charge_that_was_the_first",
+        "a ledger that was put back to before its first charge restores it at another order",
+    ),
+    one(
+        "incidents", "an-adopting-homes-key-is-not-noted", "fedtune/homes/known_homes.py",
+        "[*others, *key, new_note]", "[*others, new_note]",
+        T_HOMES + "test_a_home_that_is_emptied_after_its_adoption_begins_no_other_ledger",
+        "a home that is emptied before its first client run begins a new ledger",
+    ),
+    one(
+        "incidents", "a-noted-head-is-no-ledger", "fedtune/homes/known_homes.py",
+        'bool(keys) or any("head" in note for note in noted)', "bool(keys)",
+        T_HOMES + "test_a_home_that_is_emptied_after_its_adoption_begins_no_other_ledger",
+        "a home whose key is not noted begins a new ledger once it is emptied",
     ),
     one(
         "incidents", "a-restored-charge-has-one-order", "fedtune/core/ledger/restore.py",

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.errors import InfrastructureError
@@ -38,11 +39,13 @@ class Attempt:
     - step: one of its steps, which are all equal
     - steps: how many there are
     - entry: the hash of the ledger's entry that charged the attempt; "" if the line does not say
-      it, as a line of an older release"""
+      it, as a line of an older release
+    - order: the Rényi order of that charge; None if the line does not say it"""
 
     step: Step
     steps: int
     entry: str = ""
+    order: float | None = None
 
 
 class StepLog:
@@ -66,16 +69,18 @@ class StepLog:
         self.path, self._membership = path, membership
         self._round: Step | None = None  # the step that the last line states
         self._ahead = 0  # how many of that line's steps have yet to run
-        self._entry = ""  # what the next line says of the ledger's entry
+        self._charged: dict[str, Any] = {}  # what the next line says of the ledger's entry
 
-    def begin_round(self, entry: str = "") -> None:
+    def begin_round(self, entry: str = "", order: float | None = None) -> None:
         """Begin an attempt at a round. One line of the log stands for all steps of an attempt, so
         the next step writes a new line, even if an earlier attempt at this round broke off after
         some of its steps.
 
-        entry: the hash of the ledger's entry that charged the attempt. By it a restored ledger
-        knows whether it has the charge"""
-        self._round, self._entry = None, entry
+        - entry: the hash of the ledger's entry that charged the attempt. By it a restored ledger
+          knows whether it has the charge
+        - order: the Rényi order of that charge, at which a restore charges it again"""
+        self._round, self._charged = None, {"entry": entry} if entry else {}
+        self._charged |= {} if order is None else {"order": order}
 
     def append(self, step: Step, of_round: int = 1) -> None:
         """Log one of the steps of a round. Only the first of them writes a line, which stands for
@@ -85,7 +90,7 @@ class StepLog:
             self._ahead -= 1
             return
         counted = asdict(step) | ({"steps": of_round} if of_round > 1 else {})
-        counted |= {"entry": self._entry} if self._entry else {}
+        counted |= self._charged
         if not step.membership:
             del counted["membership"]
         line = json.dumps(counted, sort_keys=True)
@@ -170,7 +175,8 @@ def _read_line(line: str) -> Attempt | None:
     try:
         logged = json.loads(line)
         count, entry = _check_count(logged.pop("steps", 1)), str(logged.pop("entry", ""))
-        return Attempt(Step(**logged), count, entry)
+        order = logged.pop("order", None)
+        return Attempt(Step(**logged), count, entry, None if order is None else float(order))
     except (AttributeError, ValueError, TypeError, RecursionError):
         return None
 

@@ -374,6 +374,11 @@ class Ledger:
         reservation: the entry's number (`reserve`). Errors: KeyError if it charged none."""
         return self._account.reserved[reservation].hash
 
+    def order_of(self, reservation: int) -> float:
+        """Return the Rényi order of a charge, for the step log's line of it. reservation: the
+        entry's number (`reserve`). Errors: KeyError if it charged none."""
+        return self._account.reserved[reservation].charge.order
+
     def accounts_for(self, head: Head) -> bool:
         """Return whether this ledger has the entry `head`, or a restore that lost it was given its
         hash and has charged for what it may have held."""

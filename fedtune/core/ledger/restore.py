@@ -21,10 +21,10 @@ An entry is covered if the new ledger charges everything that its chain had char
 entries of the two chains of steps 1 and 2, and the newest charging entry of each mark, once it was
 charged for, here or in an earlier restore. Only hashes decide which chain an entry is of, so
 entries of branches (the folder was put back to an earlier copy of itself, and went on) are told
-apart however many there are. Nothing is subtracted but charges whose entry's hash the mark names. If an earlier restore charged
-for the other chain of step 1, its entries are not charged again; the rest of them counts, as below.
-Each charge that a restore enters may have been the first of all: it has every Rényi order that the
-chains or an anchor show (`entries.orders_of`).
+apart however many there are. Nothing is subtracted but charges whose entry's hash the mark names.
+If an earlier restore charged for the other chain of step 1, its entries are not charged again; the
+rest of them counts, as below. Each charge that a restore enters may have been the first of all: it
+has every Rényi order that the chains, an anchor or the step log show (`entries.orders_of`).
 | case                                                         | the charge                    |
 | there is no anchor                                           | exhausted: charged as σ = 0   |
 | a lost charge without noise                                  | exhausted                     |
@@ -798,7 +798,8 @@ def _restore_body(
     lost = [EXHAUSTED] if anchor is None else _price(marks, covered, entered_here)
     # Each of them may have been the first charge of all, so each has every order that is known.
     here, beside = FixedOrders(base.entries).listed(), FixedOrders(base.entries_beside).listed()
-    order, *others = dict.fromkeys((*here, *beside, *orders)) or (EXHAUSTED.order,)
+    logged_orders = [line.order for line in lines if line.order is not None]
+    order, *others = dict.fromkeys((*here, *beside, *orders, *logged_orders)) or (EXHAUSTED.order,)
     lost = [
         dataclasses.replace(charge, order=order, other_orders=tuple(others))
         for charge in (*logged.values(), *unnamed, *lost)

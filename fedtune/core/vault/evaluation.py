@@ -98,7 +98,7 @@ def answer_query(
         permit_all=rounds,
     )
     data = site.who_remain(held_out, data)
-    site.log.begin_round(site.ledger.hash_of(reserved))
+    site.log.begin_round(site.ledger.hash_of(reserved), site.ledger.order_of(reserved))
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)
     sums = answer(ran, _rows_or_none(study, data), site.log, round_)

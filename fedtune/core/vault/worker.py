@@ -662,7 +662,7 @@ class SiteWorker:
                 permit_all=rounds,
             )
         data = self.who_remain(self.site.data, data)
-        self.log.begin_round(self.ledger.hash_of(reserved))
+        self.log.begin_round(self.ledger.hash_of(reserved), self.ledger.order_of(reserved))
         if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
             steps = study.training.local_steps
             self.log.append(Step(study.digest, round_, 0.0, 1.0, 0.0, study.unit), steps)
