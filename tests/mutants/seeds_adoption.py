@@ -21,15 +21,13 @@ MUTANTS = (
     ),
     one(
         "hospital", "an-unmounted-home-is-begun-anew", HOMES,
-        "(here[0] in keys if here else bool(traces(home)))",
-        "(here[0] in keys if here else True)",
+        "return bool(traces(home)) if is_known else True", "return True",
         T_HOMES + "test_a_home_that_is_not_mounted_is_not_begun_anew",
         "a ledger whose volume is not mounted is forgotten with all that it paid",
     ),
     one(
         "hospital", "a-new-ledger-passes-for-the-old-one", HOMES,
-        "(here[0] in keys if here else bool(traces(home)))",
-        "(True if here else bool(traces(home)))",
+        "return here[0] in keys", "return True",
         T_HOMES + "test_a_home_that_is_not_mounted_is_not_begun_anew",
         "a command begins a ledger in the empty folder, and the site then pays from that one",
     ),

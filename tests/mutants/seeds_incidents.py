@@ -394,7 +394,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "the-step-log-names-no-charge", "fedtune/core/vault/worker.py",
-        "self.log.begin_round(self.ledger.hash_of(reserved))", "self.log.begin_round()",
+        "begin_round(self.ledger.hash_of(reserved), ", 'begin_round("", ',
         T_LOGGED + "test_a_lost_round_that_log_and_anchor_show_is_charged_once",
         "a database that is lost costs a site twice what it spent since its backup",
     ),
