@@ -41,9 +41,9 @@ from typing import Any, NamedTuple
 
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.files import (
     DATABASE,
+    EVERY,
     HEAD,
     KEY,
     NEW,

@@ -8,8 +8,8 @@ from typing import Any
 
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.shared_noise import joint_sigma
+from fedtune.core.ledger.files import EVERY as EVERY
 
-EVERY = "*"  # the dataset of a charge that counts against all of them
 LOST = "restore"  # the study of a charge for lost steps of which no file says whose they were
 
 
