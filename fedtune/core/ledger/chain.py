@@ -138,7 +138,7 @@ class FixedOrders:
         understood."""
         if entry.kind not in CHARGING:
             return
-        body, dataset = entry.body, entry.body["dataset"]
+        body, dataset = entry.body, entry.body.get("dataset", EVERY)
         charges = _charges_in(entry.kind, body)
         is_older = dataset == EVERY or any(
             each.get("adopted", bool(body.get("membership"))) for each in charges

@@ -657,8 +657,8 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
         )
     # A backup whose newest entry the folder has is not taken. Of two branches, what they charged
     # decides, and never their numbers of entries: how many withdrew on each must not decide to
-    # which datasets the charges of the other count. A branch for which the other was charged by an
-    # earlier restore is still read beside it: that restore did not know who had withdrawn on it.
+    # which datasets the charges of the other count. A branch that an earlier restore charged for is
+    # still read beside it: that restore did not know who had withdrawn there.
     if local is not None and local.has(backup.head):
         return local
     if local is not None and _is_base(local, backup):
