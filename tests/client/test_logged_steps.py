@@ -36,6 +36,7 @@ from tests.client.adoption_kit import make_site as write_site
 from tests.client.site_kit import begun, make_site, notes, trains
 from tests.expected import raises_nothing, raises_only
 from tests.private_evaluation_kit import WILLING, world
+from tests.simulated import simulate
 
 pytestmark = pytest.mark.usefixtures("without_self_test")
 LACKS = "rounds of this plan may be missing"
@@ -449,6 +450,21 @@ def test_the_doctor_says_which_steps_are_missing(tmp_path: Path) -> None:
     running = json.dumps({"plan": paid.study, "study": paid.name})
     (state / "studies" / "1.json").write_text(running)
     assert f"{LOG_LACKS} 0, 1 of" in " ".join(run("doctor", file).output.split())
+
+
+def test_each_line_of_the_log_names_its_charge_and_the_order_of_it(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Of a round and of a query: by both a restore knows what was charged, and at which order."""
+    study = world(tmp_path, tiny_base, 60.0, policy=WILLING)
+    simulate(study, sorted(tmp_path.glob("site-*.toml")), tmp_path / "run")
+    state = tmp_path / "state-north"
+    charged = [*Ledger(state)._account.reserved.values()]
+    lines = StepLog(state / "steps.jsonl").attempts()
+    assert [(line.entry, line.order) for line in lines] == [
+        (paid.hash, paid.charge.order) for paid in charged
+    ]
+    assert {paid.charge.study.endswith(QUERIES) for paid in charged} == {True, False}
 
 
 @pytest.mark.parametrize("is_log_put_back", [False, True])

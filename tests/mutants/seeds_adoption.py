@@ -468,7 +468,7 @@ MUTANTS = (
     ),
     one(
         "incidents", "an-anchor-states-no-adopted-order", "fedtune/core/ledger/chain.py",
-        "charges if is_older or dataset", "charges if dataset",
+        "if is_older or dataset not in", "if dataset not in",
         T_FILES + "test_a_restored_charge_has_each_order_that_may_have_been_fixed",
         "the order of an adopted ledger is lost with the hospital's database",
     ),

@@ -312,6 +312,20 @@ MUTANTS = (
         "evidence that goes to others holds the password of the hospital's proxy",
     ),
     one(
+        "incidents", "a-rounds-line-has-no-order", "fedtune/core/vault/worker.py",
+        "self.ledger.hash_of(reserved), self.ledger.order_of(reserved)",
+        "self.ledger.hash_of(reserved)",
+        T_LOGGED + "test_each_line_of_the_log_names_its_charge_and_the_order_of_it",
+        "a ledger that was put back to before its first charge restores it at another order",
+    ),
+    one(
+        "incidents", "a-querys-line-has-no-order", "fedtune/core/vault/evaluation.py",
+        "site.ledger.hash_of(reserved), site.ledger.order_of(reserved)",
+        "site.ledger.hash_of(reserved)",
+        T_LOGGED + "test_each_line_of_the_log_names_its_charge_and_the_order_of_it",
+        "a ledger that was put back to before its first charge restores it at another order",
+    ),
+    one(
         "incidents", "a-newer-log-is-not-noticed", "fedtune/core/vault/logged_steps.py",
         "if named - ledger.charged_entries.keys():", "if False:",
         T_LOGGED + "test_a_log_that_is_newer_than_the_ledger_stops_the_site",

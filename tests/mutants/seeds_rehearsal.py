@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     one(
         24, "a-second-attempt-at-a-round-is-logged-late", "fedtune/core/dp/steplog.py",
-        "self._round, self._charged = None, {", "self._charged = {",
+        "        self._round = None\n", "",
         "tests/dp/test_steplog.py::"
         "test_an_attempt_that_follows_one_that_broke_off_has_a_line_of_its_own",
         "a second attempt writes its line in mid-round, where a full disk can stop a step",

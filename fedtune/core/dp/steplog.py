@@ -79,8 +79,9 @@ class StepLog:
         - entry: the hash of the ledger's entry that charged the attempt. By it a restored ledger
           knows whether it has the charge
         - order: the Rényi order of that charge, at which a restore charges it again"""
-        self._round, self._charged = None, {"entry": entry} if entry else {}
-        self._charged |= {} if order is None else {"order": order}
+        self._round = None
+        stated = {"entry": entry or None, "order": order}
+        self._charged = {name: value for name, value in stated.items() if value is not None}
 
     def append(self, step: Step, of_round: int = 1) -> None:
         """Log one of the steps of a round. Only the first of them writes a line, which stands for

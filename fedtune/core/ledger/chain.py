@@ -143,12 +143,11 @@ class FixedOrders:
         is_older = dataset == EVERY or any(
             each.get("adopted", bool(body.get("membership"))) for each in charges
         )
-        for charge in charges if is_older or dataset not in self._datasets else ():
-            orders = [
-                *([charge["order"]] if "order" in charge else []),
-                *charge.get("other_orders", []),
-            ]
-            self._found |= dict.fromkeys(map(float, orders))
+        if is_older or dataset not in self._datasets:
+            for charge in charges:
+                found = [charge["order"]] if "order" in charge else []
+                found += charge.get("other_orders", [])
+                self._found |= dict.fromkeys(map(float, found))
         self._datasets.add(dataset)
 
     def listed(self) -> tuple[float, ...]:

@@ -48,7 +48,9 @@ SENT_IN_ALL = 512  # and how many of all coordinators: each simulation is one wi
 CHARGED = 16  # how many of the newest charging entries a statement names
 FURTHER = 12  # and how many older ones, each at twice the distance of the one before
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
-EVERY = "*"  # the dataset of a charge that counts against all of them
+# The dataset of a charge that counts against all of them. It stands here, and not in entries.py,
+# since chain.py needs it and must not import the accountant (tests/test_startup.py).
+EVERY = "*"
 RESTORE = (
     "`fedtune ledger --restore --from FOLDER` if a newer copy or a backup of this folder exists; "
     "otherwise `--restore` alone, which charges what cannot be read of the ledger as spent, "
