@@ -43,6 +43,7 @@ from tests.cli_kit import run
 from tests.client import adoption_kit
 from tests.client.hospital_kit import make_hospital, study_of
 from tests.client.site_kit import begun, trains
+from tests.expected import raises_nothing
 
 COLUMNS = 'prompt = "note", completion = "answer"'
 SITE = """
@@ -428,6 +429,25 @@ def test_a_correction_in_a_home_holds_for_every_membership_at_once(
             lambda _: None,
             permit_unknown=partial(check_known, "records", "patient"),
         )
+
+
+def test_under_the_lock_no_round_is_charged_by_a_column_of_before(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """The settings that an order read may be newer than those by which this vault reads records.
+    Twin: a vault that was started with them."""
+    files = make_hospital(tmp_path)
+    made = study_of("heart", tiny_base)
+    running = SiteWorker(load_site(files["cardio"]), files["cardio"])
+    assert running.prepare(made.study, made.frozen).admitted
+    for file in (tmp_path / "hospital.toml", *files.values()):
+        edit(file, 'patient = "who"', 'patient = "person"')
+    read = load_site(files["cardio"])
+    apart, columns = {"records": list[str]()}, {"records": "person"}
+    with pytest.raises(PolicyRefused, match="other units are told apart since"):
+        running.check_stated(read, apart, columns)
+    with raises_nothing():
+        SiteWorker(read, files["cardio"]).check_stated(read, apart, columns)
 
 
 def test_held_out_records_that_nobody_declared_yet_keep_no_membership_from_training(

@@ -704,7 +704,7 @@ MUTANTS = (
     one(
         "hospital", "a-membership-pays-by-the-old-column-once-more", SITE,
         "if table and columns.get(table.name, own) != own:", "if False:",
-        T_COLUMNS + "test_a_correction_in_a_home_holds_for_every_membership_at_once",
+        T_COLUMNS + "test_under_the_lock_no_round_is_charged_by_a_column_of_before",
         "one more round is charged for units that nobody is any more",
     ),
     one(
