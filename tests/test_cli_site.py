@@ -105,12 +105,14 @@ def test_doctor_begins_no_ledger(world: Path) -> None:
     assert not (world / "state-north").exists()
 
 
-def test_review_counts_a_study_once_and_says_when_it_is_over(world: Path) -> None:
+def test_review_counts_a_study_once_and_says_when_every_round_is_paid_for(world: Path) -> None:
     before = run("review", "study.toml", "--site", "site-north.toml")
     assert "This site would take part" in before.output
     simulate(world / "study.toml", sites_in(world), world / "run")
     after = run("review", "study.toml", "--site", "site-north.toml")
-    assert "This study is over here" in after.output
+    said = " ".join(after.output.split())
+    assert "Every round of this study is paid for here" in said
+    assert "a round that the coordinator orders on another adapter is trained and paid" in said
     (line,) = [line for line in after.output.splitlines() if "so far" in line]
     so_far, with_it = re.findall(r"([\d.]+) (?:so far|with this study)", line)
     assert so_far == with_it

@@ -18,11 +18,14 @@ import fedtune.launch.in_one_process
 from fedtune.core.config import EvaluationTable, Site, Study, load_site, load_study, save
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.dp.query import query_plan
 from fedtune.core.dp.steplog import events
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault import budget
+from fedtune.core.vault.budget import MOST_ATTEMPTS, Budget
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.evaluation import check_release
 from fedtune.core.vault.worker import SiteWorker
@@ -34,6 +37,7 @@ from fedtune.core.wire.seal import digest_beside, order
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
+from fedtune.officer.review import review
 from fedtune.public.start import start
 from fedtune.report.plot import png
 from fedtune.server import store
@@ -285,6 +289,36 @@ def test_where_the_files_may_share_patients_each_pays_for_both(
     both = [plan.digest, plan.digest, plan.queries_digest, plan.digest, plan.queries_digest]
     assert [charge.study for charge in ledger.charges("records")] == both
     assert [charge.study for charge in ledger.charges("held-out")] == both
+
+
+@pytest.mark.parametrize("table", [HELD_OUT, HELD_OUT + APART])
+def test_a_review_states_what_a_patient_of_both_files_pays(
+    tmp_path: Path, tiny_base: Path, table: str
+) -> None:
+    """Twin: of held-out records that are declared apart, a patient pays for one of both."""
+    ceilings = "max_epsilon = 50.0\nmax_epsilon_per_study = 20.0\n"
+    study = world(tmp_path, tiny_base, 3.0, policy=WILLING + ceilings, table=table)
+    site = load_site(tmp_path / "site-north.toml")
+    said = _costs_in_review(load_study(study), site)
+    run(study)
+    charges = Ledger(tmp_path / "state-north").charges("records")
+    assert len(charges) == (3 if "disjoint" in table else 5)
+    plan = plan_for_site(resolved(study), site.site.declared_size)
+    total = Budget(site.policy, plan, charges).total(ahead=0).epsilon
+    of_study = epsilon([charge.event for charge in charges], 1e-3)
+    both = f"in both files pays ε = {rounded_up(of_study)} for the study"
+    assert (both in said) is (table == HELD_OUT)
+    assert f"so far, {rounded_up(total)} with this study" in said
+    after = _costs_in_review(resolved(study), site)
+    assert f"ε = {rounded_up(total)} so far, {rounded_up(total)} with this study" in after
+    often = [e._replace(steps=e.steps * MOST_ATTEMPTS) for e in (c.event for c in charges)]
+    most = min(20.0, epsilon(often, 1e-3))
+    assert most > of_study and f"this study at most up to ε = {rounded_up(most)}" in said
+
+
+def _costs_in_review(study: Study, site: Site) -> str:
+    told = review(study, site, Ledger(site.home), outline=True)
+    return " ".join(dict(told.sections)["What it costs"])
 
 
 def test_a_study_keeps_below_its_ceiling_in_whatever_order_it_asks(

@@ -15,9 +15,13 @@ from fedtune.core.dp.plan import DpPlan
 from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.core.vault.budget import Budget
+from fedtune.core.vault.budget import QUERIES_NAME, Budget
 from fedtune.core.vault.budget_refusal import places
-from fedtune.core.vault.policy import compute_within_limits, privacy_refusals
+from fedtune.core.vault.policy import (
+    compute_within_limits,
+    plan_of_queries_beside,
+    privacy_refusals,
+)
 from fedtune.homes.opening import open_ledger
 from fedtune.officer.known_plans import known_plan
 from fedtune.officer.review import cost_refusals, find_paying
@@ -87,12 +91,14 @@ def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> P
     charges = ledger.charges(site.data.name)
     if not charges or study.continuous:
         return None
-    earlier = [charge for charge in charges if charge.name == study.study.name]
+    name = study.study.name
+    earlier = [each for each in charges if each.name.removesuffix(QUERIES_NAME) == name]
     runs, budget = places(site), Budget(site.policy, plan, charges)
+    queries = plan_of_queries_beside(study, site)
     return Paid(
         site=site.site.name,
         before=budget.total(ahead=0),
-        after=budget.total(ahead=plan.steps),
+        after=budget.total(plan.steps, queries.events(queries.steps) if queries else ()),
         ceiling=site.policy.ceiling,
         again=Budget(site.policy, plan, earlier).total(ahead=0).epsilon,
         run=next((runs.get(charge.study, "") for charge in reversed(earlier)), ""),

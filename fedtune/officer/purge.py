@@ -28,6 +28,7 @@ from fedtune.core.ledger.entries import owner_of
 from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix
 from fedtune.core.processes import alone
 from fedtune.core.secagg.draw import FOLDER as DRAWS
+from fedtune.core.vault.budget import QUERIES_NAME
 from fedtune.core.vault.budget_refusal import PLACES
 from fedtune.core.vault.kept_plans import FOLDER as KEPT_PLANS
 from fedtune.core.vault.studies import FOLDER as STUDIES
@@ -269,7 +270,7 @@ def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, st
     matches = {
         study: name
         for study, name in names.items()
-        if name_or_digest in (name, name.removesuffix(" (evaluation)"))
+        if name_or_digest in (name, name.removesuffix(QUERIES_NAME))
         or (len(digest) >= 8 and study.removeprefix("sha256:").startswith(digest))
     }
     if not matches:

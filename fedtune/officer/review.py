@@ -25,7 +25,7 @@ from fedtune.core.config import (
 )
 from fedtune.core.config.checked import checked_file, load_checked
 from fedtune.core.config.patient_columns import disjoint_datasets, patient_columns
-from fedtune.core.dp.accountant import at_least, epsilon
+from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import (
@@ -43,13 +43,19 @@ from fedtune.core.ledger.patient_column import check_column_stays
 from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
-from fedtune.core.vault.budget import MOST_ATTEMPTS, Budget, check_known
+from fedtune.core.vault.budget import (
+    MOST_ATTEMPTS,
+    Budget,
+    check_known,
+    most_epsilon_of_study,
+)
 from fedtune.core.vault.logged_steps import check_none_lost
 from fedtune.core.vault.policy import (
     compute_within_limits,
     may_resolve,
     permit_plugins,
     pin_others,
+    plan_of_queries_beside,
     refusals,
     sheet_refusals,
 )
@@ -398,8 +404,8 @@ def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
 def _verdict(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger, refused: list[str]
 ) -> str:
-    """Say in a sentence what the site would do with the plan today: refuse it, train nothing more,
-    wait for a signature, or take part.
+    """Say in a sentence what the site would do with the plan today: refuse it, train a round only
+    if it is ordered again, wait for a signature, or take part.
 
     - study: the plan
     - site: the site with its policy
@@ -413,8 +419,9 @@ def _verdict(
     charges = pays.charges(site.data.name) if pays else []
     if plan and not study.continuous and not Budget(site.policy, plan, charges).remaining():
         return (
-            "This study is over here: every round is paid for. An update that was sent can be sent "
-            "again; nothing more is trained"
+            "Every round of this study is paid for here. An update that was sent can be sent again "
+            "and costs nothing; a round that the coordinator orders on another adapter is trained "
+            "and paid for again, within the limits above"
         )
     if is_unsigned(study, site, ledger):
         joining = site.policy.admission == "reviewed"
@@ -605,8 +612,10 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
     facts = privacy_of(plan)
     if study.continuous:
         return _costs_for_life(site, plan, pays, facts)
+    queries = plan_of_queries_beside(study, site)
     before = budget.total(ahead=0)
-    after = budget.total(ahead=budget.remaining())
+    after = budget.total(budget.remaining(), _steps_of_queries(queries, budget))
+    together = "this study and its queries" if queries else "this study"
     return [
         f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
         f"{protects(plan.unit)}; by ε alone the protection "
@@ -615,14 +624,15 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",
-        *_state_cost_of_repeats(plan, policy),
+        *_state_cost_with_queries(plan, queries),
+        *_state_cost_of_repeats(plan, queries, policy),
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
-        f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
+        f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with {together} "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
         *_not_known(site, plan, pays),
         *_beside_others(budget, after.epsilon),
-        *_share(budget),
-        *_describe_fallback(budget),
+        *_share(budget, queries),
+        *_describe_fallback(budget, queries),
         *shared_lines(study, [site.site.declared_size]),
     ]
 
@@ -658,13 +668,22 @@ def _beside_others(budget: Budget, after: float) -> list[str]:
     ]
 
 
-def _share(budget: Budget) -> list[str]:
+def _steps_of_queries(queries: DpPlan | None, budget: Budget) -> list[Steps]:
+    """Return the steps that the study's queries are still to charge. queries: their plan, if they
+    are charged to the same records as the training; None for no steps. budget: the dataset's."""
+    if queries is None:
+        return []
+    return queries.events(Budget(budget.policy, queries, budget.charges).remaining())
+
+
+def _share(budget: Budget, queries: DpPlan | None) -> list[str]:
     """Return a line that says how much a membership has spent of its own share of the hospital's
-    ceiling, and will have spent after this study. Return [] for a site that is no membership."""
+    ceiling, and will have spent after this study. Return [] for a site that is no membership.
+    queries: the plan of the study's queries, if they are charged to the same records."""
     if budget.policy.hospital is None:
         return []
-    own = budget.share
-    before, after = own.total(ahead=0), own.total(ahead=budget.remaining())
+    own, asked = budget.share, _steps_of_queries(queries, budget)
+    before, after = own.total(ahead=0), own.total(budget.remaining(), asked)
     return [
         f"That ceiling is of all the hospital's memberships together. The share of this one, "
         f"{budget.policy.membership}: ε = {rounded_up(before.epsilon)} so far, "
@@ -680,33 +699,57 @@ def _delta(site: Site, plan: DpPlan) -> list[str]:
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)}."]
 
 
-def _state_cost_of_repeats(plan: DpPlan, policy: PolicyTable) -> list[str]:
+def _state_cost_with_queries(plan: DpPlan, queries: DpPlan | None) -> list[str]:
+    """Return a line that states what the training and the queries of the study cost a patient who
+    is in both files of the site; [] if nobody is charged for both.
+
+    - plan: the site's part of the study
+    - queries: the plan of the study's queries; None if nobody is charged for them and the training
+    """
+    if queries is None:
+        return []
+    events = [*plan.events(plan.steps), *queries.events(queries.steps)]
+    both = epsilon(events, plan.delta)
+    guess = percent(best_guess({"epsilon": both, "delta": plan.delta}))
+    return [
+        "Both are of the training alone. This site also answers the plan's queries of held-out "
+        f"records, which it does not declare disjoint from these: a {plan.unit} in both files pays "
+        f"ε = {rounded_up(both)} for the study, which allows at most {guess} certainty. Whatever "
+        "would go past a limit of this site is refused, a query or a round, whichever comes last."
+    ]
+
+
+def _state_cost_of_repeats(plan: DpPlan, queries: DpPlan | None, policy: PolicyTable) -> list[str]:
     """Return a line that states the ε of the study if its coordinator orders each round as often as
     this site answers; the figures before it are of one answer to each round. Return [] if the sites
     share noise: `_room_for_attempts` then says it.
 
     - plan: the site's part of the study
+    - queries: the plan of the study's queries, if they are charged to the same records
     - policy: the site's policy, which limits what one study costs"""
     if plan.sites > 1:
         return []
-    steps = MOST_ATTEMPTS * plan.rounds * plan.local_steps
-    least = max(at_least(event, plan.delta) for event in plan.events(steps))
-    limit = policy.max_epsilon_per_study
-    most = limit if least >= limit else min(limit, epsilon(plan.events(steps), plan.delta))
+    most = most_epsilon_of_study(policy, [plan, queries] if queries else [plan])
+    of = (
+        "These are of one answer to each round and query"
+        if queries
+        else ("Both are of one answer to each round")
+    )
     return [
-        "Both are of one answer to each round. A coordinator may order a round again, after an "
+        f"{of}. A coordinator may order a round again, after an "
         "interruption or on another adapter, and each answer is paid: this site answers a round at "
         f"most {MOST_ATTEMPTS} times, and this study at most up to ε = {rounded_up(most)}."
     ]
 
 
-def _describe_fallback(budget: Budget) -> list[str]:
+def _describe_fallback(budget: Budget, queries: DpPlan | None) -> list[str]:
     """If the plan or an earlier charge uses secure aggregation, return lines that state the total ε
-    which this site's own noise alone gives, so far and with this study. Return [] otherwise."""
+    which this site's own noise alone gives, so far and with this study. Return [] otherwise.
+    queries: the plan of the study's queries, if they are charged to the same records."""
     if not budget.is_shared:
         return []
     before = budget.fallback(ahead=0)
-    after = budget.fallback(ahead=budget.remaining())
+    after = budget.fallback(budget.remaining(), _steps_of_queries(queries, budget))
     return [
         f"The same whatever happens, by this site's own noise alone: ε = "
         f"{rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "

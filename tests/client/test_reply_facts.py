@@ -29,6 +29,7 @@ from fedtune.core.registry.reasons import WAITING
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault import studies
 from fedtune.core.vault.answers import Place
+from fedtune.core.vault.budget import MOST_ATTEMPTS
 from fedtune.core.vault.declared import declare
 from fedtune.core.vault.process import answer_and_tell
 from fedtune.core.vault.worker import worker
@@ -333,7 +334,13 @@ def test_a_plan_that_runs_by_a_standing_policy_alone_is_announced_before_it_spen
         assert "nobody here has signed this plan" in run("status", path, "--once").output
         (notice,) = SitePage(path).read_context()["notices"]
     assert 'NOBODY HERE HAS SIGNED THIS PLAN; it runs by policy.admission = "standing"' in told[0]
-    assert "it spends up to ε = " in told[0] and "fedtune review" in told[0]
+    spends = re.search(r"it spends ε = (\S+) of 'records', and up to (\S+) if the", told[0])
+    assert spends and "fedtune review" in told[0]
+    charges = [charge.event for charge in ledger.charges("records")]
+    often = [event._replace(steps=event.steps * MOST_ATTEMPTS) for event in charges]
+    limit = load_site(path).policy.max_epsilon_per_study
+    assert spends[1] == rounded_up(epsilon(charges, 1e-3))
+    assert spends[2] == rounded_up(min(limit, epsilon(often, 1e-3)))
     assert "nobody here signed it: fedtune review" in notice["text"]
     log = audit_log.verify(tmp_path / "state-north", ledger.key.public)
     assert log.entries[0]["event"] == "admit" and log.entries[0]["facts"]["signed"] is False

@@ -186,7 +186,7 @@ def test_the_ledgers_commands_show_its_figures(world: Path, name: str) -> None:
     assert shown.output.split("spent")[1].split()[0] == rounded_up(spent)
     assert f"entry {wanted['head'][0]}, {wanted['head'][1][:16]}, verified" in shown.output
     review = run("review", "notes.toml", "--site", f"site-{name}.toml", "--digest")
-    assert "This study is over here" in review.output
+    assert "Every round of this study is paid for here" in review.output
     assert run("doctor", f"site-{name}.toml").exit_code == 0
 
 

@@ -48,9 +48,9 @@ DECIDING_MUTANTS = (
     ),
     _one(
         "review", "a-study-counts-twice-in-its-review", REVIEW,
-        "after = budget.total(ahead=budget.remaining())",
-        "after = budget.total(ahead=plan.steps)",
-        T_CLI + "test_review_counts_a_study_once_and_says_when_it_is_over",
+        "after = budget.total(budget.remaining(), _steps_of_queries(queries, budget))",
+        "after = budget.total(plan.steps, _steps_of_queries(queries, budget))",
+        T_CLI + "test_review_counts_a_study_once_and_says_when_every_round_is_paid_for",
         "what was paid for is added again",
     ),
     _one(

@@ -28,6 +28,7 @@ from fedtune.core.ledger.entries import (
 )
 
 OTHER_KIND = Steps(1e6, 1.0, 1)  # a step that costs nothing and is of another kind than any study's
+QUERIES_NAME = " (evaluation)"  # after a study's name, in its queries' charges
 MOST_ATTEMPTS = 8  # how often one round of a plan may be charged
 QUERIES_TODO = (
     "raise private_evaluation.noise_multiplier, or have the site declare its held-out records "
@@ -68,11 +69,15 @@ class Budget:
         own = self.share.charges
         return own[0].order if own else best_order(self.policy.ceiling, self.policy.delta)
 
-    def total(self, ahead: int) -> Total:
+    def total(self, ahead: int, beside: Sequence[Steps] = ()) -> Total:
         """Compute the dataset's ε after its charges and `ahead` more steps of the plan, at δ = 2 ·
         policy.delta. For studies with secure aggregation, assume that no more sites collude than
-        their plans allow."""
-        return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
+        their plans allow.
+
+        beside: further steps that will be charged to the same records, such as those of the
+        study's queries"""
+        charged = [charge.event for charge in self.charges]
+        return self._compose(charged, [*self.plan.events(ahead), *beside])
 
     def beside_others(self, ahead: int) -> Total:
         """Compute `total` as it becomes once the dataset also pays for a study whose steps are of
@@ -81,13 +86,13 @@ class Budget:
         events = [charge.event for charge in self.charges]
         return self._compose(events, [*self.plan.events(ahead), OTHER_KIND])
 
-    def fallback(self, ahead: int) -> Total:
+    def fallback(self, ahead: int, beside: Sequence[Steps] = ()) -> Total:
         """Compute the dataset's fallback ε, the ε that this site's own noise alone gives, after its
-        charges and `ahead` more steps of the plan, at δ = 2 · policy.delta.
+        charges and `ahead` more steps of the plan, at δ = 2 · policy.delta. beside: as for `total`.
 
         It is accounted separately from `total`, at the same Rényi order."""
         charged = [charge.fallback for charge in self.charges]
-        return self._compose(charged, self.plan.fallback_events(ahead))
+        return self._compose(charged, [*self.plan.fallback_events(ahead), *beside])
 
     def _compose(self, charged: list[Steps], planned: list[Steps]) -> Total:
         events = charged + [event for event in planned if event.steps]
@@ -250,6 +255,20 @@ class Budget:
         digest = self.plan.study.removesuffix(QUERIES)
         plans = digest, digest + QUERIES
         return [charge for charge in self.charges if charge.study in plans]
+
+
+def most_epsilon_of_study(policy: PolicyTable, plans: Sequence[DpPlan]) -> float:
+    """Return the largest ε, at the plans' δ, to which a study may come at this site: each of its
+    rounds and queries is answered MOST_ATTEMPTS times, up to policy.max_epsilon_per_study. A
+    coordinator may order a round again after an interruption, or on another adapter.
+
+    plans: the plan of the study's training and, if they are charged to the same records, that of
+    its queries."""
+    limit, delta = policy.max_epsilon_per_study, plans[0].delta
+    events = [event for plan in plans for event in plan.events(MOST_ATTEMPTS * plan.steps)]
+    if max(accountant.at_least(event, delta) for event in events) >= limit:
+        return limit
+    return min(limit, accountant.epsilon(events, delta))
 
 
 def build_exceeds_hospital() -> BudgetExceeded:

@@ -29,9 +29,9 @@ from fedtune.core.models.lora import Arrays, digest
 from fedtune.core.models.prefix_store import make_room_after
 from fedtune.core.objectives._interface import Batch, Network
 from fedtune.core.vault import airlock
-from fedtune.core.vault.budget import Budget, check_known, check_rounds
+from fedtune.core.vault.budget import QUERIES_NAME, Budget, check_known, check_rounds
 from fedtune.core.vault.declared import permit_declared
-from fedtune.core.vault.policy import admit_queries
+from fedtune.core.vault.policy import admit_queries, is_held_out_disjoint
 from fedtune.core.vault.prepared import Prepared
 from fedtune.core.wire.codec import encode
 
@@ -148,20 +148,12 @@ def check_budget(
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
-    if trained or not _is_disjoint(site):
+    if trained or not is_held_out_disjoint(site):
         remaining = Budget(site.policy, training, charges).remaining()
         if remaining > 0:
             ahead = replace(charge_of(study, training, site, 0, charges), steps=remaining)
             charges = [*charges, ahead]
     Budget(site.policy, plan, charges).check(round_)
-
-
-def _is_disjoint(site: Site) -> bool:
-    """Return whether the site declared that the training and the held-out records share no
-    patient; the ledger enforces this."""
-    held_out, data = site.evaluation, site.data
-    assert held_out is not None
-    return data.name in held_out.disjoint_from or held_out.name in data.disjoint_from
 
 
 def charge_of(
@@ -180,7 +172,7 @@ def charge_of(
     queries = plan.study != study.digest
     return Charge(
         study=plan.study,
-        name=study.study.name + (" (evaluation)" if queries else ""),
+        name=study.study.name + (QUERIES_NAME if queries else ""),
         round=round_,
         noise_multiplier=plan.own_noise,
         sampling_rate=plan.sampling_rate,

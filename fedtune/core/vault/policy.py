@@ -19,10 +19,12 @@ from fedtune.core.config import (
     Study,
     noise_shares,
 )
+from fedtune.core.config.patient_columns import disjoint_datasets
 from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.dp import accountant
 from fedtune.core.dp.calibration import sampling_rate
 from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.query import query_plan
 from fedtune.core.dp.shared_noise import own_sigma
 from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.modalities import MODALITIES
@@ -114,6 +116,24 @@ def admit_queries(study: Study, site: Site, queries: DpPlan, coordinator: str) -
     )
     for refusal in itertools.chain(*rules):
         raise refusal
+
+
+def is_held_out_disjoint(site: Site) -> bool:
+    """Return whether the site declared that its training records and its held-out records share no
+    patient; the ledger enforces this. site: the site's settings, with a table [evaluation]."""
+    assert site.evaluation is not None
+    data, held_out, apart = site.data.name, site.evaluation.name, disjoint_datasets(site)
+    return data in apart.get(held_out, ()) or held_out in apart.get(data, ())
+
+
+def plan_of_queries_beside(study: Study, site: Site) -> DpPlan | None:
+    """Return the plan of the queries that this site would answer about its held-out records, if it
+    did not declare them disjoint from those it trains on: a patient who is in both pays for the
+    training and for the queries. Return None if there is no such plan."""
+    asks = study.private_evaluation is not None and "evaluation" in site.policy.release
+    if not asks or site.evaluation is None or is_held_out_disjoint(site):
+        return None
+    return query_plan(study)
 
 
 def refusals(

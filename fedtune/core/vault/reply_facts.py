@@ -12,8 +12,9 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.registry.reasons import HELD, WAITING
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.answers import Place
+from fedtune.core.vault.budget import most_epsilon_of_study
 from fedtune.core.vault.budget_refusal import TODO, explain
-from fedtune.core.vault.policy import compute_within_limits
+from fedtune.core.vault.policy import compute_within_limits, plan_of_queries_beside
 from fedtune.core.vault.waiting_plans import check_plan_length, keep_plan
 from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.core.wire.requests import Answer, Request
@@ -97,7 +98,9 @@ def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict
     - facts: the facts of the answer so far (`answer_facts`): status, and the ε planned if known"""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
-        spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
+        spends = f"it spends ε = {rounded_up(planned)} of {site.site.data.name!r}"
+        if (most := _compute_most(study, site)) > planned:
+            spends += f", and up to {rounded_up(most)} if the coordinator orders rounds again"
     review = f"`fedtune review {keep_plan(site.site, study)} --site {place.site}`"
     if facts["status"] == WAITING:
         return (
@@ -158,6 +161,19 @@ def _compute_planned(study: Study, site: SiteWorker) -> float | None:
     except FedtuneError:  # the plan fits no site of this size, and the reply says so
         return None
     return plan.epsilon if plan.lifetime is None else plan.lifetime
+
+
+def _compute_most(study: Study, site: SiteWorker) -> float:
+    """Compute the largest ε to which the study may come at this site for a unit: each round, and
+    each query that is charged to the same records, is answered as often as the site answers at
+    all. In a study without a last round it is the lifetime ε, which no order exceeds. study: a plan
+    whose ε was computed (`_compute_planned`)."""
+    current = site.current()
+    plan = compute_within_limits(study, site.site)
+    if plan.lifetime is not None:
+        return plan.lifetime
+    queries = plan_of_queries_beside(study, current)
+    return most_epsilon_of_study(current.policy, [plan, queries] if queries else [plan])
 
 
 def _line(facts: dict[str, Any]) -> str:
