@@ -145,8 +145,33 @@ def test_what_a_coordinator_left_out_of_a_run_is_counted(signed, tmp_path: Path)
     assert found.absent == {"north": {"rounds": 1, "epsilon": whole.sites["north"]["epsilon"]}}
     shown = command("verify", str(copy)).output
     assert (
-        "not here     north: its updates of 1 of the plan's rounds; with all of them ε = " in shown
+        "not here     north: its updates of 1 of the plan's rounds; with one more answer to each ε"
+        in shown
     )
+
+
+@pytest.mark.parametrize("shares_noise", [False, True])
+def test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing(
+    signed, shares_noise: bool
+) -> None:
+    """A site repeated round 1 after an interruption, and was away in round 2: with it, three steps.
+
+    Twin: with shared noise, its own noise alone gives the larger ε of the two."""
+    folder, _ = signed
+    study = load_plan(folder)
+    if shares_noise:  # two of three sites are honest
+        study = study.changed(secure_aggregation={"colluding": 1}, strategy={"min_sites": 3})
+    content = json.loads((folder / sign.EVIDENCE).read_text())
+    content["updates"] = [e for e in content["updates"] if (e["site"], e["round"]) != ("north", 2)]
+    (log,) = json.loads(content["updates"][0]["said"]["events"])
+    logs = {"north": [log | {"steps": 2}], "south": [log | {"steps": 2}]}
+    found = figures.count_absent(content, study, {"update": logs, "answer": {}})
+    alone = Steps(log["sigma"], log["q"], 3, log["records"])
+    both = alone._replace(noise_multiplier=log["sigma"] * 2**0.5)
+    wanted = {"epsilon": epsilon([alone], 1e-4)}
+    if shares_noise:
+        wanted = {"epsilon": epsilon([both], 1e-4), "fallback": epsilon([alone], 1e-4)}
+    assert found == {"north": {"rounds": 1} | {k: pytest.approx(v) for k, v in wanted.items()}}
 
 
 def test_of_a_strangers_plan_no_epsilon_is_computed_that_takes_long(signed) -> None:

@@ -226,9 +226,11 @@ def _absent_lines(found: Verified) -> list[str]:
             parts.append(f"its answers to {number} of the plan's queries")
         line = f"not here     {name}: {' and '.join(parts)}"
         if "epsilon" in lacks:
-            line += f"; with all of them ε = {rounded_up(lacks['epsilon'])}"
+            line += f"; with one more answer to each ε = {rounded_up(lacks['epsilon'])}"
+        if "fallback" in lacks:
+            line += f" ({rounded_up(lacks['fallback'])} whatever happens)"
         if "answers_epsilon" in lacks:
-            line += f", of the queries {rounded_up(lacks['answers_epsilon'])} more"
+            line += f"; with all answers to queries ε = {rounded_up(lacks['answers_epsilon'])} more"
         lines.append(line)
     if lines:
         lines.append(

@@ -214,12 +214,15 @@ def count_absent(
 
     - "rounds": the number of the plan's rounds without an update of the site; left out if it is 0
     - "answers": the number of the plan's queries without an answer of the site; left out if it is 0
-    - "epsilon": the ε that the site would have spent if it had sent all updates
-    - "answers_epsilon": the ε that the answers to all queries would cost, if the plan has queries
+    - "epsilon": the ε that the site would have spent with one more answer to each of these rounds
+    - "fallback": if the plan shares its noise, the same by the site's own noise alone
+    - "answers_epsilon": the same ε of the answers to the plan's queries, if it has any
 
-    The two ε are given only for a private study whose plan states the number of rounds, and
-    "epsilon" only if it does not take minutes to compute. They matter since the evidence does not
-    show whether a site was away or somebody left its updates out.
+    Each ε is given only for a private study whose plan states the number of rounds; "epsilon" and
+    "fallback" only if they do not take minutes to compute. They matter since the evidence does not
+    show whether a site was away or somebody left its updates out. A site's step log may have more
+    steps than the rounds that are there, of rounds that were repeated or whose update was lost;
+    nobody can tell which, so that the rounds which are missing are added to all of them.
 
     - content: the content of evidence.json
     - study: the run's plan
@@ -237,31 +240,38 @@ def count_absent(
         if any(lacks.values()):
             found[name] = {what: number for what, number in lacks.items() if number}
             if last and isinstance(study.privacy, PrivacyTable):
-                log = events["update"].get(name, [])  # none of a site that only answered queries
-                found[name] |= _of_all(study, study.privacy, log, last)
+                logs = {kind: of_site.get(name, []) for kind, of_site in events.items()}
+                found[name] |= _of_all(study, study.privacy, logs, lacks)
     return found
 
 
 def _of_all(
-    study: Study, privacy: PrivacyTable, log: list[dict[str, Any]], rounds: int
+    study: Study, privacy: PrivacyTable, logs: Events, missing: Mapping[str, int]
 ) -> dict[str, float]:
     """Compute which ε a site would have spent if it had taken part in everything. Return a dict:
-    "epsilon" is for all rounds of the plan, with steps like those of `log`; "answers_epsilon" is
-    for all queries. "epsilon" is left out if there are more than MOST_STEPS steps, if it is above
-    MOST_EPSILON, or if `log` is empty; "answers_epsilon" if the plan has no queries.
+    "epsilon" is for the steps of its updates and, with steps like these, the missing rounds;
+    "fallback", if the plan shares its noise, for the same by the site's own noise alone;
+    "answers_epsilon" for its answers to queries and the missing ones. The first two are left out if
+    no round is missing, if there are more than MOST_STEPS steps, if the run has no update of the
+    site, or where ε is above MOST_EPSILON; "answers_epsilon" if the plan has no queries.
 
     - study: the run's plan
     - privacy: the plan's table [privacy]
-    - log: the site's step log; empty if the run has no update of the site
-    - rounds: the number of rounds that the plan states"""
-    steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
+    - logs: the site's step logs of this run, under "update" and "answer"
+    - missing: under "rounds" and "answers", the numbers of the plan's rounds and queries of which
+      the run has none"""
+    log, rounds = logs["update"], missing["rounds"]
+    steps = sum(event["steps"] for event in log) + rounds * study.training.local_steps
     costs = dict[str, float]()
-    if log and steps <= MOST_STEPS:
-        shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
-        if _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
-            costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
+    if log and rounds and steps <= MOST_STEPS:
+        honest, whole = noise_shares(study), [log[0] | {"steps": steps}]
+        for name, shares in {"epsilon": honest, "fallback": 1}.items():
+            stated = name == "epsilon" or honest > 1
+            if stated and _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
+                costs[name] = _steps_epsilon(whole, privacy, shares)
     if table := study.private_evaluation:
-        asked = Steps(table.noise_multiplier, 1.0, len(study.queries), 1)
+        answers = sum(event["steps"] for event in logs["answer"]) + missing["answers"]
+        asked = Steps(table.noise_multiplier, 1.0, answers, 1)
         costs["answers_epsilon"] = epsilon([asked], privacy.delta)
     return costs
 

@@ -94,7 +94,7 @@ class Verified:
       was computed again from the version's comparison, if that is stored
     - absent: site -> what the evidence lacks of this site, since the site was away or somebody left
       it out: a dict of the number of rounds without an update, of the number of queries without an
-      answer, and of the ε that the site would have spent with all of them
+      answer, and of the ε that the site would have spent with one more answer to each
     - dossier: for a dossier, a dict that says when it was made, which files it has, and who
       approved it"""
 

@@ -46,7 +46,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-site-without-an-update-is-no-site", FIGURES,
-        'log = events["update"].get(name, [])  #', 'log = events["update"][name]  #',
+        '{kind: of_site.get(name, []) for', '{kind: of_site[name] for',
         "tests/test_verify_sites.py::test_a_site_that_only_answered_queries_is_listed_as_absent",
         "an honest run is refused as not genuine",
     ),
@@ -139,6 +139,21 @@ MUTANTS = (
         "found, null = stacked[0], stacked[1:]\n", "found, null = stacked[1], stacked[1:]\n",
         T_SITES + "test_a_planted_style_is_found_in_its_class",
         "what a model learnt of a site is not found",
+    ),
+    _one(
+        "evidence", "repeated-rounds-pass-for-missing-ones", "fedtune/evidence/figures.py",
+        'steps = sum(event["steps"] for event in log) + rounds * study.training.local_steps',
+        "planned = study.training.rounds * study.training.local_steps\n"
+        '    steps = max(planned, sum(event["steps"] for event in log))',
+        T + "test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing",
+        "an absent site is said to cost at most what it may well have exceeded",
+    ),
+    _one(
+        "evidence", "an-absent-site-trusts-the-other-sites", "fedtune/evidence/figures.py",
+        'for name, shares in {"epsilon": honest, "fallback": 1}.items():',
+        'for name, shares in {"epsilon": honest, "fallback": honest}.items():',
+        T + "test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing",
+        "the ε that holds whatever happens is the one that needs honest sites",
     ),
     _one(
         "evidence", "what-was-left-out-is-not-counted", "fedtune/evidence/figures.py",
