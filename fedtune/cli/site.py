@@ -530,8 +530,6 @@ def withdraw(
 def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     """Print what a withdrawal could not undo, and where its receipt lies. path: the receipt's
     file."""
-    from fedtune.officer.withdraw import format_epsilon
-
     if withdrawal.in_file is None:
         typer.echo(f"  {path} cannot be read, and may still hold records")
     elif withdrawal.in_file:
@@ -548,7 +546,7 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
         most = "at most that much" if release.epsilon is not None else "an amount that is not known"
         typer.echo(
             f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent "
-            f"so far or wait for approval, ε = {format_epsilon(release.epsilon)}; what is made of "
+            f"so far or wait for approval, ε = {release.cost}; what is made of "
             f"them keeps {most}, and the updates to come nothing"
         )
 

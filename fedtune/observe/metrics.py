@@ -118,7 +118,7 @@ def _coordinator(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], 
     done = gauge("rounds_done", "Rounds that count, of this study")
     planned = gauge("rounds_planned", "Rounds in the plan")
     trained = gauge("participants", "Sites in the last round that counts")
-    epsilon = gauge("epsilon", "ε that the site spent in this study, by its step log", ("site",))
+    epsilon = gauge("epsilon", "ε that a site spent in this study, by its step log", ("site",))
     missing = kinds.Counter(
         "fedtune_missing", "Times that a site was missing", ("reason",), registry=registry
     )
@@ -170,6 +170,7 @@ def _site(kinds: Any, registry: CollectorRegistry) -> Callable[[Record], None]:
 class _Spent(NamedTuple):
     key: tuple[str, float, frozenset[str]]  # what the figures follow from: head, δ and memberships
     epsilon: float
+    fallback: float
     rounds: int
 
 
@@ -216,12 +217,21 @@ class LedgerFigures:
         from fedtune.core.config import load_site
 
         site = load_site(self._path)
-        most, spent = site.policy.max_epsilon, _Spent(("", 0.0, frozenset()), 0.0, 0)
+        spent = _Spent(("", 0.0, frozenset()), 0.0, 0.0, 0)
         if (book := self._open(site.home)) is not None:
             spent = self._compute_spent(book, site.data.name, site.policy)
+        most, whatever = site.policy.max_epsilon, site.policy.max_fallback_epsilon
         return {
             "epsilon_spent": ("ε of everything released from the dataset", spent.epsilon),
             "epsilon_remaining": ("ε left of policy.max_epsilon", max(0.0, most - spent.epsilon)),
+            "fallback_epsilon_spent": (
+                "ε of everything released, by this site's own noise alone",
+                spent.fallback,
+            ),
+            "fallback_epsilon_remaining": (
+                "ε left of policy.max_fallback_epsilon",
+                max(0.0, whatever - spent.fallback),
+            ),
             "rounds_released": ("Rounds whose update may have left the site", spent.rounds),
         }
 
@@ -247,8 +257,10 @@ class LedgerFigures:
             orders, sampled = orders_of(paid), samples_first(paid)
             known = are_kinds_known(paid)
             epsilon = total_epsilon(events, orders, delta, sampled, known).epsilon
+            alone = [charge.fallback for charge in paid]
+            fallback = total_epsilon(alone, orders, delta, sampled, known).epsilon
             rounds = sum(c.released for c in charges if c.kind == "reserve")
-            self._cached = _Spent(key, epsilon, rounds)
+            self._cached = _Spent(key, epsilon, fallback, rounds)
         return self._cached
 
 

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.entries import Spent
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
 from fedtune.core.ledger.patient_column import describe_withdrawn_before, find_columns
-from fedtune.core.ledger.spending import charges_with_columns, known_epsilon
+from fedtune.core.ledger.spending import charges_with_columns, known_epsilon, known_fallback
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
 
@@ -52,12 +52,28 @@ class Release:
     - digest: the digest of its plan
     - rounds: the number of rounds whose updates were sent, or wait for a person's approval
     - epsilon: the ε of these rounds at the δ of the ledger; infinite if the study is not private,
-      None if it is not known what they cost one patient"""
+      None if it is not known what they cost one patient
+    - fallback: if a round shared its noise, the ε of these rounds by this site's own noise alone,
+      which holds whatever other sites do; else None. None also if it is not known"""
 
     name: str
     digest: str
     rounds: int
     epsilon: float | None
+    fallback: float | None = None
+
+    @property
+    def cost(self) -> str:
+        """The release's ε in words, as a receipt and the screen state it: rounded up, or "not
+        known"."""
+        if self.epsilon is None:
+            return "not known"
+        if self.fallback is None:
+            return rounded_up(self.epsilon)
+        return (
+            f"{rounded_up(self.epsilon)} if no more sites collude than the study's plan allows, "
+            f"{rounded_up(self.fallback)} whatever happens"
+        )
 
 
 @dataclass(frozen=True)
@@ -359,7 +375,13 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
         "time": _time_of(entry),
         "unit": entry.body["unit"],
         "releases": [
-            asdict(release) | {"epsilon": format_epsilon(release.epsilon)} for release in releases
+            {
+                "name": release.name,
+                "digest": release.digest,
+                "rounds": release.rounds,
+                "epsilon": release.cost,
+            }
+            for release in releases
         ],
         "key": ledger.key.public,
     }
@@ -383,11 +405,6 @@ def _count(table: SiteData, patient: str) -> int:
     everybody = table.model_copy(update={"consent": None})
     records, _ = read_records(everybody, unit="patient")
     return sum(record.unit == patient for record in records)
-
-
-def format_epsilon(epsilon: float | None) -> str:
-    """Format the ε of a release for a receipt and for the screen: rounded up, or "not known"."""
-    return "not known" if epsilon is None else rounded_up(epsilon)
 
 
 def _releases(
@@ -433,6 +450,7 @@ def _releases(
             digest=digest,
             rounds=len(rounds),
             epsilon=known_epsilon(rounds, site.policy.delta, "patient"),
+            fallback=known_fallback(rounds, site.policy.delta, "patient"),
         )
         for digest, rounds in by_study.items()
     ]

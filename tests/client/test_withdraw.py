@@ -23,12 +23,14 @@ from fedtune.core.config import Site, load_site
 from fedtune.core.config.patient_columns import patient_columns
 from fedtune.core.data.identity import identities
 from fedtune.core.data.records import unit_member
+from fedtune.core.dp.accountant import epsilon
 from fedtune.core.errors import ConfigError, DataError, InputError, PolicyRefused
 from fedtune.core.files.room import Room
 from fedtune.core.ledger import patient_column
 from fedtune.core.ledger.entries import Earlier
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.reasons import reason_of
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.vault.policy import compute_within_limits
 from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.worker import SiteWorker
@@ -340,6 +342,27 @@ def test_a_receipt_names_what_every_membership_released(tmp_path: Path) -> None:
     assert done.trained_on and [r.name for r in done.releases] == ["onco"]
     with pytest.raises(UnknownPatient):
         leave_out(site, "clinic-p99", Ledger(tmp_path))
+
+
+def test_a_receipt_states_what_shared_noise_costs_whatever_happens(tmp_path: Path) -> None:
+    """A patient who withdraws is told no ε that other sites could make wrong.
+
+    Twin: of studies without shared noise, one ε is stated."""
+    site, book = paid_by_both(tmp_path), Ledger(tmp_path)
+    shared = replace(CHARGE, study="joint", name="joint", sites=4, colluding=1, membership="cardio")
+    book.release(book.reserve("records", shared, "a@cardio", lambda charges: None), b"update")
+    done = leave_out(site, "p-both", book)
+    planned, alone = (
+        epsilon([each], site.policy.delta) for each in (shared.event, shared.fallback)
+    )
+    assert done.releases[-1].epsilon == pytest.approx(planned)
+    assert done.releases[-1].fallback == pytest.approx(alone) and planned < alone
+    assert [each["epsilon"] for each in done.receipt["releases"]] == [
+        rounded_up(done.releases[0].epsilon),
+        rounded_up(done.releases[1].epsilon),
+        f"{rounded_up(planned)} if no more sites collude than the study's plan allows, "
+        f"{rounded_up(alone)} whatever happens",
+    ]
 
 
 def test_a_receipt_lists_nothing_that_was_charged_after_the_withdrawal(tmp_path: Path) -> None:

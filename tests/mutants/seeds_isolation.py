@@ -311,6 +311,14 @@ MUTANTS = (
         "the half on the network sees that a patient withdrew",
     ),
     one(
+        "isolation", "the-metrics-port-trusts-the-other-sites", "fedtune/observe/metrics.py",
+        "alone = [charge.fallback for charge in paid]",
+        "alone = [charge.event for charge in paid]",
+        "tests/observe/test_metrics.py"
+        "::test_a_sites_budget_of_shared_noise_also_holds_whatever_happens",
+        "a dashboard shows budget left where a site's own noise alone has used it up",
+    ),
+    one(
         "isolation", "the-metrics-port-adds-up-all-memberships", "fedtune/observe/metrics.py",
         " if each.charge.is_paid_by(own)]", "]",
         "tests/observe/test_metrics.py"

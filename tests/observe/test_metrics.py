@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import urllib.request
 from dataclasses import replace
@@ -110,6 +111,26 @@ def test_a_sites_budget_is_the_ledgers(site: Path) -> None:
     assert (seen["fedtune_connected"], after["fedtune_connected"]) == (1, 0)
     assert seen["fedtune_tasks_refused_total"] == 1
     assert not any("Ackroyd" in name for name in seen)
+
+
+def test_a_sites_budget_of_shared_noise_also_holds_whatever_happens(site: Path) -> None:
+    """The site's own noise is a third of the variance that its plan counts on."""
+    ledger, found = Ledger(site.parent / "state"), Metrics("site", port=0, site=site)
+    ledger.declare("records", [], "sha256:0", [b"ann"])
+    shared = Charge("s", "n", 1, 1.1, 0.1, 3, 1, 1.0, "record", "first", 8.0, sites=4, colluding=1)
+    ledger.release(ledger.reserve("records", shared, "1", lambda charges: None), b"update")
+    try:
+        found("answered", ANSWERED)
+        seen = read(found)
+    finally:
+        found.close()
+    planned = accountant.epsilon([Steps(1.1 * math.sqrt(3), 0.1, 3)], 1e-3)
+    alone = accountant.epsilon([Steps(1.1, 0.1, 3)], 1e-3)
+    assert planned < alone
+    assert seen["fedtune_epsilon_spent"] == pytest.approx(planned)
+    assert seen["fedtune_epsilon_remaining"] == pytest.approx(8 - planned)
+    assert seen["fedtune_fallback_epsilon_spent"] == pytest.approx(alone)
+    assert seen["fedtune_fallback_epsilon_remaining"] == pytest.approx(8 - alone)
 
 
 def test_the_port_says_nothing_of_what_the_ledger_enters_of_records(site: Path) -> None:

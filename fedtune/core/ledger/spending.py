@@ -110,6 +110,15 @@ def known_epsilon(spent: Sequence[Spent], delta: float, unit: str) -> float | No
     return _epsilon([each.charge.event for each in spent], delta)
 
 
+def known_fallback(spent: Sequence[Spent], delta: float, unit: str) -> float | None:
+    """Return the ε of charges by this site's own noise alone, as `known_epsilon` does. Return None
+    if no charge shares its noise, or if the ε is not known."""
+    shared = any(each.charge.sites > 1 for each in spent)
+    if not shared or not all(each.is_known_for(unit) for each in spent):
+        return None
+    return _epsilon([each.charge.fallback for each in spent], delta)
+
+
 def charges_with_columns(
     ledger: Ledger, datasets: Collection[str], columns: Mapping[str, str]
 ) -> list[Spent]:
