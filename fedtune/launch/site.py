@@ -129,7 +129,6 @@ def join(
         shown.notify("waiting", {"address": link.address, "text": text})
         opened = theirs.enter_context(VaultSocket(socket_path)) if socket_path else None
         again = Again(shown)
-        theirs.callback(note_head, site.home)
         while again.wanted:
             check_not_put_back(site.home)  # it may not be mounted any more
             with Halves(
@@ -217,6 +216,7 @@ class Halves:
         state = self.site.site.state
         private_folder(self.link.keys / RENEWED)
         with ExitStack() as theirs, self._open as ours:
+            ours.callback(note_head, self.site.home)  # each time that both have ended
             connected = ours.enter_context(self.vault_socket.wait()) if self.vault_socket else None
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
             told_by_vault, tells_vault = connection_for(ours, theirs)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ from fedtune.courier.process import (
     open_to_courier,
 )
 from fedtune.launch import site as launch_site
-from fedtune.launch.site import Again, Shown
+from fedtune.launch.site import Again, Halves, Shown
 from fedtune.observe.from_courier import LONGEST
 from fedtune.observe.status import StatusFile, read_status
 from fedtune.officer.isolation_here import isolation_here
@@ -472,6 +472,28 @@ def test_halves_that_last_are_started_again_and_those_that_do_not_are_given_up(
         again.after(ended)
     assert waited[-launch_site.FEW :] == [1, 2, 3]
     assert not again.after(None)
+
+
+def test_the_newest_entry_is_noted_each_time_that_both_halves_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However short they ran, so that a home that is put back before the next start is noticed."""
+    site, happened = load_site(path := a_site(tmp_path)), list[str]()
+
+    class Half(AbstractContextManager[None]):
+        def __init__(self, name: str, *_: Any, **more: Any) -> None:
+            self.name = name
+
+        def __exit__(self, *_: object) -> None:
+            happened.append(self.name)
+
+    monkeypatch.setattr(launch_site, "Child", Half)
+    monkeypatch.setattr(launch_site, "note_head", lambda home: happened.append(f"noted {home}"))
+    link: Any = SimpleNamespace(keys=tmp_path / "state" / "link")
+    for _ in range(2):
+        with Halves(site, path, {}, link, processes=1, once=False, patience=0.0):
+            happened.append("run")
+    assert happened == 2 * ["run", "courier", "vault", f"noted {site.home}"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ T_COLUMNS = "tests/client/test_patient_columns.py::"
 T_WITHDRAW = "tests/client/test_withdraw.py::"
 T_HOMES = "tests/client/test_known_homes.py::"
 T_FILES = "tests/dp/test_restore_files.py::"
+T_QUERIES = "tests/test_private_evaluation.py::"
 
 MUTANTS = (
     one(
@@ -538,11 +539,47 @@ MUTANTS = (
         "a folder that is put back to any moment of the run is noticed by nobody",
     ),
     one(
+        "incidents", "a-client-notes-its-own-end-alone", "fedtune/launch/site.py",
+        "            ours.callback(note_head, self.site.home)  # each time that both have ended\n",
+        "",
+        "tests/isolation/test_halves.py"
+        "::test_the_newest_entry_is_noted_each_time_that_both_halves_have_ended",
+        "what halves that crash within a minute have charged is put back, and nobody notices",
+    ),
+    one(
         "incidents", "a-review-counts-each-round-once", "fedtune/officer/review.py",
-        "        *_state_cost_of_repeats(plan, policy),\n", "",
+        "        *_state_cost_of_repeats(plan, queries, policy),\n", "",
         "tests/isolation/test_spooled.py"
         "::test_a_review_states_what_a_plan_costs_if_each_round_is_ordered_again",
         "a person signs for less than a coordinator can have the site pay",
+    ),
+    one(
+        "incidents", "a-review-leaves-the-queries-out", "fedtune/officer/review.py",
+        "        *_state_cost_with_queries(plan, queries),\n", "",
+        T_QUERIES + "test_a_review_states_what_a_patient_of_both_files_pays",
+        "a person signs for the training alone, and patients of both files pay for the queries too",
+    ),
+    one(
+        "incidents", "a-total-leaves-the-queries-out", "fedtune/officer/review.py",
+        "after = budget.total(budget.remaining(), _steps_of_queries(queries, budget))",
+        "after = budget.total(budget.remaining())",
+        T_QUERIES + "test_a_review_states_what_a_patient_of_both_files_pays",
+        "the dataset's total with this study is too small where its queries are charged to it",
+    ),
+    one(
+        "incidents", "queries-of-records-apart-are-counted", "fedtune/core/vault/policy.py",
+        "if not asks or site.evaluation is None or is_held_out_disjoint(site):",
+        "if not asks or site.evaluation is None:",
+        T_QUERIES + "test_a_review_states_what_a_patient_of_both_files_pays",
+        "a review states more for a patient than anybody pays",
+    ),
+    one(
+        "incidents", "a-waiting-plan-costs-what-is-planned", "fedtune/core/vault/reply_facts.py",
+        "if (most := _compute_most(study, site)) > planned:",
+        "if (most := planned) > planned:",
+        "tests/client/test_reply_facts.py"
+        "::test_a_plan_that_runs_by_a_standing_policy_alone_is_announced_before_it_spends",
+        "a person lets a plan run for less than its coordinator can have the site pay",
     ),
     one(
         "incidents", "a-statement-names-the-newest-charge-alone", "fedtune/core/ledger/chain.py",
@@ -716,6 +753,12 @@ MUTANTS = (
         "(datasets and not earlier)", "datasets",
         T_WITHDRAW + "test_a_key_of_an_earlier_column_withdraws_nobody_unasked",
         "the patient is told to be left out, and trains on under the key of the present column",
+    ),
+    one(
+        "withdrawal", "a-receipt-trusts-the-other-sites", "fedtune/officer/withdraw.py",
+        "            fallback=known_fallback(rounds, site.policy.delta, \"patient\"),\n", "",
+        T_WITHDRAW + "test_a_receipt_states_what_shared_noise_costs_whatever_happens",
+        "a patient is told an ε that colluding sites make wrong",
     ),
     one(
         "withdrawal", "a-column-in-mid-study", "fedtune/core/vault/declared.py",
