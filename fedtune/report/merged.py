@@ -50,8 +50,8 @@ def _budget(privacy: dict[str, Any]) -> list[str]:
         return []
     rows = [[" and ".join(map(str, pair["parents"])), cell(pair["how"])] for pair in decided]
     return [
-        "### How the budgets were composed\n\nNoised answers about held-out records are no "
-        "part of an adapter: their ε stands in the parents' own reports.",
+        "### How the budgets were composed\n\nWhat the parents' studies paid for noised answers "
+        "about held-out records is not in this ε: it stands in the parents' own reports.",
         table(["parents", "what is known of their data"], rows, numbers=False),
         *_name_hospitals(privacy.get("sites") or {}),
     ]

@@ -89,5 +89,7 @@ def _cost(report: dict[str, Any], teacher: dict[str, Any]) -> str:
     how = "; ".join(sorted({cell(row.get("how")) for row in teacher.get("decided") or []}))
     return (
         f"The ε above is of both trainings together, for {who} at a site of either ({how}). This "
-        f"run's own rounds have ε = {rounded_up(teacher['student_epsilon'])}."
+        f"run's own rounds have ε = {rounded_up(teacher['student_epsilon'])}. What the teacher's "
+        "study paid for noised answers about held-out records is in no ε here: it stands in the "
+        "teacher's own report."
     )
