@@ -15,6 +15,7 @@ from tests.mutants.outcome import is_assertion
 from tests.mutants.page import UNTRIED, page, recorded, whole
 from tests.mutants.places import SAMPLING, T_SAMPLING
 from tests.mutants.run import ROOT, Kept, Result, try_all
+from tests.slow import slow_tests
 
 REFUSED = (T_SAMPLING + "test_full_batch_is_everyone",)
 NOTHING = Mutant(
@@ -36,6 +37,7 @@ def test_a_mutant_applies_and_its_tests_exist(mutant: Mutant) -> None:
         file, _, name = node.partition("::")
         code = (ROOT / file).read_text(encoding="utf-8")
         assert f"def {name.split('[')[0]}(" in code or not name
+        assert node not in slow_tests()  # it would be deselected, and catch nothing
 
 
 def test_names_are_unique() -> None:
