@@ -94,12 +94,17 @@ def _with_shared_noise(own: dict[str, Any], both: dict[str, Any]) -> dict[str, A
 
 def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
     """Compute the ε of a unit that took part in three things: the queries about a site's held-out
-    records, the student's training and the teacher's training. report: the student's report, which
-    also has the queries' cost. parent: the teacher's report."""
+    records, the student's training and the teacher's training. It holds whatever other sites do, as
+    the student's own figure for training and queries does.
+
+    - report: the student's report, which also has the queries' cost
+    - parent: the teacher's report"""
     own = report["privacy"]
     rows = {
         name: row | {"sampling_rate": 1.0, "key": own["sites"].get(name, {}).get("key")}
         for name, row in own["evaluation"].get("sites", {}).items()
     }
     asked = {"privacy": own | {"sites": rows}} if rows else None
-    return float(compose_reports([report, parent, *([asked] if asked else [])])["epsilon"])
+    composed = compose_reports([report, parent, *([asked] if asked else [])])
+    figures = [site.get("secure_aggregation", {}) | site for site in composed["sites"].values()]
+    return max(float(site.get("fallback_epsilon", site["epsilon"])) for site in figures)

@@ -193,6 +193,13 @@ MADE_MUTANTS = (
         "the ε of both trainings is claimed although it does not hold for the teacher's",
     ),
     _one(
+        "parents", "held-out-patients-trust-the-other-sites", "fedtune/server/teacher.py",
+        'site.get("fallback_epsilon", site["epsilon"])', 'site["epsilon"]',
+        "tests/server/test_teacher.py"
+        "::test_held_out_patients_are_told_what_they_pay_whatever_happens",
+        "an ε that colluding sites make wrong stands beside one that they do not",
+    ),
+    _one(
         "parents", "the-students-teacher-was-free", "fedtune/server/teacher.py",
         "both = compose_reports([report, parent])", "both = compose_reports([report])",
         "tests/server/test_teacher.py::test_a_student_pays_for_its_teacher_too",

@@ -193,3 +193,19 @@ def test_held_out_patients_pay_for_the_teacher_too() -> None:
     found = with_teacher(own, run_of({"north": (B, "k1")}))
     total = found["privacy"]["evaluation"]["with_training"]
     assert close(total, alone(A, B, (8.0, 1.0, 2)))
+
+
+def test_held_out_patients_are_told_what_they_pay_whatever_happens() -> None:
+    """As of the student alone, whose figure counts each site's own noise: `verify` refuses a total
+    below it. The site whose own noise is least decides, though another one's ε is larger."""
+    own = student({"north": (A, "k1"), "south": (A, "k2")})
+    share_noise(own, A[0] / 3)
+    del own["privacy"]["sites"]["south"]["secure_aggregation"]
+    own["privacy"]["sites"]["south"]["noise_multiplier"] = A[0] / 1.5
+    asked = {"noise_multiplier": 8.0, "steps": 2, "delta": 1e-4, "epsilon": 0.5}
+    rows = {"north": asked, "south": asked}
+    own["privacy"]["evaluation"] = asked | {"with_training": 1.0, "sites": rows}
+    found = with_teacher(own, run_of({"west": (B, "k3")}))
+    alone_there = (A[0] / 3, A[1], A[2])
+    total = found["privacy"]["evaluation"]["with_training"]
+    assert close(total, alone(alone_there, (8.0, 1.0, 2)))
