@@ -135,6 +135,24 @@ def test_of_several_that_may_be_the_same_the_worst_is_added() -> None:
     assert close(found["sites"]["y"]["epsilon"], alone(A, strong))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_stated_disjoint_is_the_larger_by_a_sites_own_noise_too(order: int) -> None:
+    """One of the two runs has the larger ε, and the other, whose sites share noise, the larger ε by
+    a site's own noise alone. Twin: of two sites, the run's figure is the larger one's."""
+    shared = (A[0] / 3, A[1], A[2])
+    parents = [report({"north": (A, "k1")}), report({"north": (B, "k1"), "south": (B, "k2")})]
+    for site in parents[1]["privacy"]["sites"].values():
+        table = {"sites": 3, "colluding": 1, "own_noise_multiplier": shared[0]}
+        site["secure_aggregation"] = table
+    whatever = alone((shared[0], B[1], B[2]))
+    assert alone(B) < alone(A) < whatever
+    found = compose_reports(parents[::order], disjoint=True)
+    for row in (found, found["sites"]["north"]):
+        assert close(row["epsilon"], alone(A))
+        assert close(row["secure_aggregation"]["fallback_epsilon"], whatever)
+    assert close(found["sites"]["south"]["epsilon"], alone(B))
+
+
 def test_stated_disjoint_is_the_larger_and_says_so() -> None:
     parents = [report({"north": (A, "k1")}), report({"north": (B, "k1")})]
     found = compose_reports(parents, disjoint=True)

@@ -229,14 +229,31 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
             composed["known_as"] = {"names": names, "keys": keys}
         for site in entries:
             name = site.site or f"parent {site.parent + 1}"
-            if composed["epsilon"] >= sites.get(name, {"epsilon": -1.0})["epsilon"]:
-                sites[name] = composed | {"key": site.key or None}
+            sites[name] = _costlier(sites.get(name), composed | {"key": site.key or None})
     worst = max(sites.values(), key=lambda row: float(row["epsilon"]))
     how = [{"parents": [a + 1, b + 1], "how": DESCRIPTIONS[why]} for a, b, why in sorted(decided)]
     total = {key: value for key, value in worst.items() if key not in ("events", "key", "known_as")}
-    if table := total.get("secure_aggregation"):
+    if assumed:
+        table = max((row["secure_aggregation"] for row in sites.values()), key=_fallback_epsilon)
         total["secure_aggregation"] = {k: v for k, v in table.items() if k != "fallback_events"}
     return {**total, "sites": sites, "decided": how}
+
+
+def _costlier(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    """Return the one of two entries with the larger ε. By the sites' own noise alone the other may
+    cost more; then that figure, and the steps it is of, are the other's. first: None if there is
+    only `second`."""
+    if first is None:
+        return second
+    worst = max(second, first, key=lambda row: float(row["epsilon"]))
+    tables = [row["secure_aggregation"] for row in (second, first) if "secure_aggregation" in row]
+    if tables:
+        worst = worst | {"secure_aggregation": max(tables, key=_fallback_epsilon)}
+    return worst
+
+
+def _fallback_epsilon(table: dict[str, Any]) -> float:
+    return float(table["fallback_epsilon"])
 
 
 def _own_cost(

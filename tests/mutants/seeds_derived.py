@@ -193,6 +193,12 @@ MADE_MUTANTS = (
         "the ε of both trainings is claimed although it does not hold for the teacher's",
     ),
     _one(
+        "parents", "the-entry-of-larger-epsilon-hides-the-other", BUDGETS,
+        'worst | {"secure_aggregation": max(tables, key=_fallback_epsilon)}', "worst",
+        T_BUDGETS + "test_stated_disjoint_is_the_larger_by_a_sites_own_noise_too",
+        "an ε is said to hold whatever happens, and is of the run whose noise was not shared",
+    ),
+    _one(
         "parents", "held-out-patients-trust-the-other-sites", "fedtune/server/teacher.py",
         'site.get("fallback_epsilon", site["epsilon"])', 'site["epsilon"]',
         "tests/server/test_teacher.py"
