@@ -154,7 +154,8 @@ def test_what_a_coordinator_left_out_of_a_run_is_counted(signed, tmp_path: Path)
 def test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing(
     signed, shares_noise: bool
 ) -> None:
-    """A site repeated round 1 after an interruption, and was away in round 2: with it, three steps.
+    """A site repeated round 1 after an interruption, with twice the sampling rate since it declared
+    half the size, and was away in round 2: with it, three steps, two of them at the larger rate.
 
     Twin: with shared noise, its own noise alone gives the larger ε of the two."""
     folder, _ = signed
@@ -164,13 +165,15 @@ def test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing(
     content = json.loads((folder / sign.EVIDENCE).read_text())
     content["updates"] = [e for e in content["updates"] if (e["site"], e["round"]) != ("north", 2)]
     (log,) = json.loads(content["updates"][0]["said"]["events"])
-    logs = {"north": [log | {"steps": 2}], "south": [log | {"steps": 2}]}
+    log |= {"steps": 1, "q": 0.25}
+    logs = {"north": [log, log | {"q": 0.5}], "south": [log | {"steps": 2}]}
     found = figures.count_absent(content, study, {"update": logs, "answer": {}})
-    alone = Steps(log["sigma"], log["q"], 3, log["records"])
-    both = alone._replace(noise_multiplier=log["sigma"] * 2**0.5)
-    wanted = {"epsilon": epsilon([alone], 1e-4)}
+    sigma, records = log["sigma"], log["records"]
+    alone = [Steps(sigma, 0.25, 1, records), Steps(sigma, 0.5, 2, records)]
+    wanted = {"epsilon": epsilon(alone, 1e-4)}
     if shares_noise:
-        wanted = {"epsilon": epsilon([both], 1e-4), "fallback": epsilon([alone], 1e-4)}
+        both = [steps._replace(noise_multiplier=sigma * 2**0.5) for steps in alone]
+        wanted = {"epsilon": epsilon(both, 1e-4), "fallback": epsilon(alone, 1e-4)}
     assert found == {"north": {"rounds": 1} | {k: pytest.approx(v) for k, v in wanted.items()}}
 
 

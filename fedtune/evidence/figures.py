@@ -261,10 +261,10 @@ def _of_all(
     - missing: under "rounds" and "answers", the numbers of the plan's rounds and queries of which
       the run has none"""
     log, rounds = logs["update"], missing["rounds"]
-    steps = sum(event["steps"] for event in log) + rounds * study.training.local_steps
+    more = rounds * study.training.local_steps
     costs = dict[str, float]()
-    if log and rounds and steps <= MOST_STEPS:
-        honest, whole = noise_shares(study), [log[0] | {"steps": steps}]
+    if log and rounds and sum(event["steps"] for event in log) + more <= MOST_STEPS:
+        honest, whole = noise_shares(study), [*log, _costliest(log) | {"steps": more}]
         for name, shares in {"epsilon": honest, "fallback": 1}.items():
             stated = name == "epsilon" or honest > 1
             if stated and _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
@@ -274,6 +274,13 @@ def _of_all(
         asked = Steps(table.noise_multiplier, 1.0, answers, 1)
         costs["answers_epsilon"] = epsilon([asked], privacy.delta)
     return costs
+
+
+def _costliest(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return an event of which each step costs at least as much as any step of the step log `log`.
+    A site that declares another size in mid-study has steps of several sampling rates."""
+    least = min(event["sigma"] for event in log)
+    return log[0] | {"sigma": least} | {k: max(e[k] for e in log) for k in ("q", "records")}
 
 
 def privacy(

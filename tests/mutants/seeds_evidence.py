@@ -142,11 +142,17 @@ MUTANTS = (
     ),
     _one(
         "evidence", "repeated-rounds-pass-for-missing-ones", "fedtune/evidence/figures.py",
-        'steps = sum(event["steps"] for event in log) + rounds * study.training.local_steps',
+        "more = rounds * study.training.local_steps",
         "planned = study.training.rounds * study.training.local_steps\n"
-        '    steps = max(planned, sum(event["steps"] for event in log))',
+        '    more = max(planned - sum(event["steps"] for event in log), 0)',
         T + "test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing",
         "an absent site is said to cost at most what it may well have exceeded",
+    ),
+    _one(
+        "evidence", "missing-rounds-cost-what-the-first-one-did", "fedtune/evidence/figures.py",
+        '_costliest(log) | {"steps": more}', 'log[0] | {"steps": more}',
+        T + "test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing",
+        "a site that declared a smaller size since is said to cost less than it may have",
     ),
     _one(
         "evidence", "an-absent-site-trusts-the-other-sites", "fedtune/evidence/figures.py",
