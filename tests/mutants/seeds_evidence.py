@@ -142,9 +142,8 @@ MUTANTS = (
     ),
     _one(
         "evidence", "repeated-rounds-pass-for-missing-ones", "fedtune/evidence/figures.py",
-        "more = rounds * study.training.local_steps",
-        "planned = study.training.rounds * study.training.local_steps\n"
-        '    more = max(planned - sum(event["steps"] for event in log), 0)',
+        '[*log, _costliest(log) | {"steps": more}]',
+        '[_costliest(log) | {"steps": study.training.rounds * study.training.local_steps}]',
         T + "test_a_round_that_was_repeated_counts_beside_the_rounds_that_are_missing",
         "an absent site is said to cost at most what it may well have exceeded",
     ),
