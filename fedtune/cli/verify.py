@@ -151,6 +151,7 @@ def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> Non
         stated = "nothing" if told.stated is None else f"ε = {rounded_up(told.stated)}"
         paid = "not known" if told.paid is None else rounded_up(told.paid)
         cost = f"; the run states {stated} for it, this ledger paid ε = {paid}"
+        cost += "" if told.whatever is None else f" ({rounded_up(told.whatever)} whatever happens)"
     if not quiet:
         here = f"as {told.name}, {len(told.rounds)} rounds" if told.name else "took no part"
         typer.echo(escape_controls(f"this site    {here}, as its own ledger has them{cost}"))
@@ -162,11 +163,15 @@ def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> Non
             f"{'':13}the run holds one answer to a round at most: ask the coordinator why it asked "
             "again"
         )
-    if told.left_out:
-        numbers = ", ".join(map(str, told.left_out[:20]))
+    missing = {"in": told.left_out, "to the queries after": told.unanswered}
+    if lacks := [
+        f"{where} rounds {', '.join(map(str, rounds[:20]))}"
+        for where, rounds in missing.items()
+        if rounds
+    ]:
         raise Refused(
-            f"{path}: lacks what this site released in rounds {numbers}{cost}",
-            "every round that this site released",
+            f"{path}: lacks what this site released {' and '.join(lacks)}{cost}",
+            "every update and answer that this site released",
             "ask the coordinator whether they were lost or late; what was paid for stays paid",
         )
 

@@ -51,6 +51,26 @@ MUTANTS = (
         "an honest run is refused as not genuine",
     ),
     _one(
+        "evidence", "answers-that-were-left-out-are-missed-by-nobody", "fedtune/officer/claims.py",
+        "unanswered=sorted(answered - held)", "unanswered=[]",
+        "tests/test_verify_sites.py::test_a_site_finds_that_its_paid_answers_were_left_out",
+        "a run states that patients of held-out records paid nothing, and their site agrees",
+    ),
+    _one(
+        "evidence", "an-answer-that-a-site-never-gave", "fedtune/officer/claims.py",
+        '_require_released(run, content, ("answer", name), answered)', "{*answered}",
+        "tests/test_verify_sites.py::test_a_site_finds_that_its_paid_answers_were_left_out",
+        "a stolen key answers in a site's name, and the site finds its run in order",
+    ),
+    _one(
+        "evidence", "a-site-trusts-the-others-for-what-it-paid", "fedtune/cli/verify.py",
+        '        cost += "" if told.whatever is None else f" ({rounded_up(told.whatever)} whatever '
+        'happens)"\n', "",
+        "tests/test_verify_sites.py"
+        "::test_a_site_is_told_what_shared_noise_cost_it_whatever_happens",
+        "a site is told an ε that colluding sites make wrong",
+    ),
+    _one(
         "evidence", "a-declared-site-asks-its-ledger-for-life", "fedtune/officer/claims.py",
         "if site.data.declared and", "if False and",
         "tests/test_verify_sites.py::"
